@@ -1,0 +1,216 @@
+"""Run one block over the calibration text and keep, per linear input, what the search needs. All device moves live here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
+CHUNK_TOKENS = 2048
+
+
+@dataclass
+class InputStats:
+    """Second moments of a linear's input x over the calibration text.
+
+    gram:     float32 [in_features, in_features], the mean of x x^T over the tokens
+    mean_abs: float32 [in_features], the mean of |x|
+    """
+
+    gram: Tensor
+    mean_abs: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device) -> Self:
+        return cls(
+            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
+        )
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        self.gram += x.t() @ x
+        self.mean_abs += x.abs().sum(0)
+        self.tokens += x.shape[0]
+
+    def finish(self) -> None:
+        self.gram /= max(self.tokens, 1)
+        self.mean_abs /= max(self.tokens, 1)
+
+    def rescaled(self, scale: Tensor) -> InputStats:
+        """The statistics of x / scale."""
+        return replace(self, gram=self.gram / scale / scale.unsqueeze(1), mean_abs=self.mean_abs / scale)
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.gram.isfinite().all())
+
+
+@dataclass
+class Call:
+    """How the model called a block: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        output = block(hidden, *self.args, **self.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+
+@dataclass
+class Chunk:
+    """A few sequences on their way through the model: hidden states [sequences, tokens, width] and each block's call."""
+
+    hidden: Tensor
+    calls: list[Call] = field(default_factory=list)
+
+
+class _Stop(BaseException):
+    """Ends a forward once the last block has been reached; no `except Exception` on the way may catch it."""
+
+
+def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
+    """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
+
+    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
+    """
+    per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
+    returns_tuple = _returns_tuple(model, blocks, tokens[:1, :8])
+    return [_enter(model, blocks, part, returns_tuple, device) for part in tokens.split(per_chunk)]
+
+
+def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns_tuple: bool, device: torch.device) -> Chunk:
+    inputs: list[Tensor] = []
+    calls: list[Call] = []
+
+    def pass_through(*args: Any, **kwargs: Any) -> Any:
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        inputs.append(hidden)
+        calls.append(Call(_moved(tuple(rest), device), _moved(kwargs, device)))
+        if len(calls) == len(blocks):
+            raise _Stop
+        return (hidden, None) if returns_tuple else hidden
+
+    with _replaced_forward(list(blocks), pass_through):
+        _forward(model, tokens)
+    return Chunk(_moved(inputs[0], device), calls)
+
+
+def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> bool:
+    seen: list[bool] = []
+
+    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _Stop
+
+    handle = blocks[0].register_forward_hook(look)
+    try:
+        _forward(model, tokens)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> None:
+    device = next(model.parameters()).device
+    try:
+        model(input_ids=tokens.to(device), use_cache=False)
+    except _Stop:
+        pass
+
+
+@contextmanager
+def _replaced_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
+    originals = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors anywhere in `value` on `device`, floating ones in float32."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device) for item in value)
+    return value
+
+
+@contextmanager
+def lifted(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """`block` in float32 on `device`; afterwards each tensor it still holds goes back to where and what it was."""
+    origin = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
+    buffers = {name: b.device for name, b in block.named_buffers()}
+    for parameter in block.parameters():
+        parameter.data = parameter.data.to(device, torch.float32)
+    for buffer in block.buffers():
+        buffer.data = buffer.data.to(device)
+    try:
+        yield
+    finally:
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(*origin[name])
+        for name, buffer in block.named_buffers():
+            buffer.data = buffer.data.to(buffers[name])
+
+
+@contextmanager
+def fast_matmul(enabled: bool = True) -> Iterator[None]:
+    """float32 products of bf16 (CPU) or tf32 (GPU) operands, accumulated in float32.
+
+    2.3 x as fast as float32 on a CPU with avx512_bf16 and harmless in the forward and the search; what is accepted is
+    compared outside of this.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if enabled else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def capture(
+    block: nn.Module, index: int, chunks: list[Chunk], input_sets: tuple[tuple[str, ...], ...]
+) -> dict[str, InputStats]:
+    """Run `block` over all chunks, moving them on to its output; statistics by linear, shared within an input set."""
+    stats: dict[str, InputStats] = {}
+    handles = []
+    for names in input_sets:
+        linear = block.get_submodule(names[0])
+        assert isinstance(linear, nn.Linear)
+        shared = InputStats.empty(linear.in_features, linear.weight.device)
+        stats.update(dict.fromkeys(names, shared))
+        handles.append(linear.register_forward_pre_hook(_adder(shared)))
+    try:
+        for chunk in chunks:
+            chunk.hidden = chunk.calls[index].run(block, chunk.hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for shared in {id(s): s for s in stats.values()}.values():
+        shared.finish()
+    return stats
+
+
+def _adder(stats: InputStats) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        stats.add(args[0])
+
+    return hook

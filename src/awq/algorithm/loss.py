@@ -1,0 +1,22 @@
+"""What a change of weights costs: the squared output error that it causes over the calibration text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def output_error(delta: Tensor, gram: Tensor) -> Tensor:
+    """tr(delta G delta^T): the mean squared error of the outputs, summed over them; a scalar, no forward pass.
+
+    delta: float32 [out_features, in_features], gram: float32 [in_features, in_features]
+    """
+    return torch.sum((delta @ gram) * delta)
+
+
+def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:
+    """The part of `output_error` that each row and group causes by itself, float32 [out_features, groups]."""
+    size = delta.shape[1] // groups
+    diagonal = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    grouped = delta.view(-1, groups, size).transpose(0, 1)  # [groups, out, size]
+    return ((grouped @ diagonal) * grouped).sum(-1).t()

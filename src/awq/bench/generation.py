@@ -1,0 +1,135 @@
+"""Single-query latency of a model as its user sees it: `generate`, with the time of every token taken."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from awq.bench.timing import percentile, synchronize
+
+
+class Streamer(Protocol):
+    """What `generate` calls: `put` with the prompt, then with each new token; `end` after the last."""
+
+    def put(self, value: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class Clock:
+    """A streamer that notes when each new token arrives, and hands everything on to `inner`."""
+
+    inner: Streamer | None = None
+    start: float = field(default_factory=time.perf_counter)
+    arrivals: list[float] = field(default_factory=list)
+    _prompt_seen: bool = False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_seen:
+            self.arrivals.append(time.perf_counter())
+        self._prompt_seen = True
+        if self.inner is not None:
+            self.inner.put(value)
+
+    def end(self) -> None:
+        if self.inner is not None:
+            self.inner.end()
+
+    @property
+    def first(self) -> float:
+        """Seconds from the call to the first new token (TTFT): prefill and one sample."""
+        return self.arrivals[0] - self.start
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of each decode step, the tokens after the first."""
+        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode speed, without the prefill; None where there was no second token."""
+        return len(self.steps) / sum(self.steps) if self.steps else None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One model, one query at a time: times in milliseconds, memory in bytes.
+
+    weight_bytes: parameters and buffers; peak_bytes: the most that torch held on the GPU, None on a CPU
+    """
+
+    label: str
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    ttft_ms: float
+    token_ms_p50: float
+    token_ms_p90: float
+    token_ms_p99: float
+    tokens_per_second: float
+    weight_bytes: int
+    peak_bytes: int | None
+
+
+def measure_generation(
+    model: Any, label: str, *, prompt_tokens: int = 128, new_tokens: int = 64, repeats: int = 3, seed: int = 0
+) -> Latency:
+    """Greedy generation of exactly `new_tokens` (at least 2) after a prompt of random tokens, batch 1.
+
+    One short run before warms up caches and kernels. TTFT is the median of the repeats; the percentiles are over the
+    decode steps of all of them.
+    """
+    device = torch.device(model.device)
+    prompt = _random_prompt(model, prompt_tokens, seed)
+    _generate(model, prompt, 4)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clocks = [_generate(model, prompt, new_tokens) for _ in range(repeats)]
+    steps = [step for clock in clocks for step in clock.steps]
+    return Latency(
+        label=label,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        ttft_ms=1e3 * statistics.median(clock.first for clock in clocks),
+        token_ms_p50=1e3 * percentile(steps, 50),
+        token_ms_p90=1e3 * percentile(steps, 90),
+        token_ms_p99=1e3 * percentile(steps, 99),
+        tokens_per_second=len(steps) / sum(steps),
+        weight_bytes=weight_bytes(model),
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers, tied ones once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def _random_prompt(model: Any, length: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+
+
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> Clock:
+    synchronize(prompt.device)
+    clock = Clock()
+    with torch.inference_mode():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    return clock

@@ -1,0 +1,124 @@
+"""The output folder: what may be replaced, and how a finished folder takes its place in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from awq.checkpoint.files import REPORT_FILE, read_json
+from awq.errors import AwqError, CheckpointError, ConfigError, OutputExistsError
+
+
+def check_output(folder: str | Path, overwrite: bool = False, expected_bytes: int = 0) -> Path:
+    """The absolute path of an output folder that can be written, before any long work.
+
+    expected_bytes: space that the new folder takes beside an old one, which stays until the new one is complete
+    OutputExistsError when it is not empty and `overwrite` is False; ConfigError or AwqError when nothing can be
+    written there.
+    """
+    path = Path(folder).expanduser().resolve()
+    if path.exists() and not path.is_dir():
+        raise OutputExistsError(f"{path} is a file: choose a folder.")
+    if path.is_dir() and any(path.iterdir()):
+        _check_replaceable(path, overwrite)
+    _check_place(path, expected_bytes)
+    return path
+
+
+def finished_recipe(folder: str | Path) -> dict[str, Any] | None:
+    """The recipe of a complete checkpoint folder, from its report; None when there is none.
+
+    A folder is moved into place only when complete, so that a report means a finished run.
+    """
+    try:
+        report = read_json(Path(folder).expanduser(), REPORT_FILE) or {}
+    except CheckpointError:
+        return None
+    recipe = report.get("recipe")
+    return recipe if isinstance(recipe, dict) else None
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its place on success and is removed on any exception."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = _sibling(target, "partial")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        yield stage
+        _publish(stage)
+        _replace(check_output(target, overwrite), stage)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputExistsError(f"{path} is not empty: choose another folder, or replace it with --overwrite.")
+    if reason := _worth_keeping(path):
+        raise OutputExistsError(f"{path} {reason} and is not replaced, even with --overwrite: choose another folder.")
+
+
+def _worth_keeping(path: Path) -> str | None:
+    """Why replacing this whole folder must be a mistake, or None."""
+    here = Path.cwd()
+    if path in (Path.home(), here, *here.parents):
+        return "is your home or current folder, or holds it,"
+    if (path / ".git").exists():
+        return "is a git checkout"
+    return "holds a float model" if _is_float_model(path) else None
+
+
+def _is_float_model(path: Path) -> bool:
+    try:
+        config = read_json(path, "config.json")
+    except CheckpointError:
+        return False
+    return config is not None and "quantization_config" not in config and not (path / "quant_config.json").exists()
+
+
+def _check_place(path: Path, expected_bytes: int) -> None:
+    if os.path.ismount(path):
+        raise ConfigError(f"{path} is a mount point, which cannot be replaced in one step: choose a folder inside it.")
+    parent = next(place for place in path.parents if place.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"{path} cannot be made, because {parent} is a file: choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise AwqError(f"{parent} is not writable: choose another output folder, or change its permissions.")
+    if (free := shutil.disk_usage(parent).free) < expected_bytes:
+        raise AwqError(
+            f"{path} needs {expected_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free: make room or "
+            "choose another disk."
+        )
+
+
+def _publish(stage: Path) -> None:
+    """Give every file the permissions of the user's umask; safetensors makes its files private."""
+    mode = stage.stat().st_mode & 0o666
+    for path in stage.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def _replace(target: Path, stage: Path) -> None:
+    if not target.exists():
+        stage.rename(target)
+        return
+    old = _sibling(target, "replaced")
+    target.rename(old)
+    try:
+        stage.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(target: Path, purpose: str) -> Path:
+    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}")

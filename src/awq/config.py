@@ -1,0 +1,106 @@
+"""`QuantConfig`: one frozen dataclass for both spellings (w_bit/bits, q_group_size/group_size)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from awq.errors import ConfigError
+
+GROUP_SIZES = (-1, 16, 32, 64, 128)
+MAX_OUTLIER_RATIO = 0.05
+KERNEL_VERSIONS = ("GEMM", "GEMV")
+# Names that older scripts and checkpoints use, and the kernel version that serves them here.
+VERSION_ALIASES = {
+    "gemm": "GEMM",
+    "gemv": "GEMV",
+    "gemv_fast": "GEMV",
+    "gemvfast": "GEMV",
+    "marlin": "GEMM",
+}
+_OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
+_METHODS = ("awq", "llm-awq")
+
+
+def canonical_version(version: str) -> str:
+    """ "GEMM" or "GEMV" for any spelling of a version; ConfigError for an unknown one."""
+    try:
+        return VERSION_ALIASES[version.lower().replace("-", "_")]
+    except (KeyError, AttributeError):
+        known = ", ".join(sorted({*KERNEL_VERSIONS, "gemv_fast", "marlin"}, key=str.lower))
+        raise ConfigError(f"unknown kernel version {version!r}: use one of {known}.") from None
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How to quantize.
+
+    bits:          4 to store; 2 and 3 can be evaluated in memory, not saved
+    group_size:    input channels that share a scale: 16, 32, 64, 128 or -1 (all of them);
+                   None picks 128, or the largest of 64 and 32 that divides the model's widths
+    zero_point:    asymmetric codes (True) or symmetric around 8 (False)
+    version:       kernel version a script asked for; validated, never pins a kernel
+    outlier_ratio: share of the input channels of each linear kept in fp16, 0 to 0.05; 0 is off
+    scale, clip:   search activation-aware scales; search clipped ranges
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    zero_point: bool = True
+    version: str = "GEMM"
+    modules_to_not_convert: tuple[str, ...] = ()
+    outlier_ratio: float = 0.005
+    scale: bool = True
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4):
+            raise ConfigError(f"bits={self.bits!r} cannot be quantized: use 4 (2 and 3 only to evaluate).")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}.")
+        if not 0 <= self.outlier_ratio <= MAX_OUTLIER_RATIO:
+            raise ConfigError(
+                f"outlier_ratio={self.outlier_ratio!r} is out of range: use 0 (off) to {MAX_OUTLIER_RATIO}."
+            )
+        canonical_version(self.version)
+        object.__setattr__(self, "modules_to_not_convert", _name_list(self.modules_to_not_convert))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any] | None) -> Self:
+        """Read a user's dictionary in either spelling; an unknown key is a ConfigError that names it."""
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in (settings or {}).items():
+            name = _OLD_NAMES.get(key, key)
+            if key == "quant_method":
+                if str(value).lower() not in _METHODS:
+                    raise ConfigError(f"quant_method={value!r} is not AWQ: this package writes and reads 'awq' only.")
+            elif name not in known:
+                raise ConfigError(f"unknown setting {key!r} in quant_config: the settings are {', '.join(sorted(known))}.")
+            elif name in values and values[name] != value:
+                raise ConfigError(f"quant_config gives {name} twice, as {values[name]!r} and {value!r}: keep one.")
+            elif value is not None or name in ("group_size",):
+                values[name] = value
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary that `from_dict` reads, in AutoAWQ's spelling."""
+        return {
+            "zero_point": self.zero_point,
+            "q_group_size": self.group_size,
+            "w_bit": self.bits,
+            "version": self.version,
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+            "outlier_ratio": self.outlier_ratio,
+            "scale": self.scale,
+            "clip": self.clip,
+        }
+
+    def with_group_size(self, group_size: int) -> Self:
+        return replace(self, group_size=group_size)
+
+
+def _name_list(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """A single string is one name, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names or ())

@@ -1,0 +1,66 @@
+"""The text that ships with the package, and the code that ships with Python: no download needed.
+
+`prose.txt` and `heldout.txt` were written for this package. A line `%% title` opens each passage; the titles are
+not part of the text. The two files share no topic: one calibrates, the other evaluates.
+"""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from importlib import resources
+from pathlib import Path
+
+from awq.errors import CalibrationError
+
+_SEPARATOR = re.compile(r"^%% .*\n", re.MULTILINE)
+_MODULE_BYTES = range(8_000, 60_001)
+# Tests, tools and tables: not the code that people write.
+_SKIPPED_FOLDERS = {
+    "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages",
+    "turtledemo", "encodings", "pydoc_data", "ensurepip", "__pycache__",
+}  # fmt: skip
+_GENERATED = re.compile(r"\bgenerated (by|from|with|using|automatically)|auto-?generated|do not edit", re.IGNORECASE)
+
+
+def builtin_text(domain: str) -> list[str]:
+    """The built-in texts of a domain, in a fixed order: "prose" (own passages) or "code" (Python's own modules)."""
+    if domain == "prose":
+        return _passages("prose.txt")
+    if domain == "code":
+        return _standard_library()
+    raise CalibrationError(f"there is no built-in text {domain!r}: use 'prose' or 'code'.")
+
+
+def evaluation_text() -> str:
+    """Built-in prose for perplexity, disjoint from the calibration prose in topic and wording."""
+    return "\n\n".join(_passages("heldout.txt"))
+
+
+def _passages(name: str) -> list[str]:
+    text = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return [passage.strip() for passage in _SEPARATOR.split(text) if passage.strip()]
+
+
+def _standard_library() -> list[str]:
+    """The mid-sized modules of the running Python, sorted by path: the same for every run of one Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = [_written_module(path, root) for path in sorted(root.rglob("*.py"))]
+    texts = [text for text in modules if text]
+    if not texts:
+        raise CalibrationError(
+            f"built-in code reads the sources of Python's standard library, and {root} holds none: "
+            "give a file or folder of code instead."
+        )
+    return texts
+
+
+def _written_module(path: Path, root: Path) -> str | None:
+    """The source of a mid-sized module that a person wrote, else None."""
+    if _SKIPPED_FOLDERS & set(path.relative_to(root).parts) or path.stat().st_size not in _MODULE_BYTES:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return None if _GENERATED.search(text[:2000]) else text.strip()

@@ -1,0 +1,140 @@
+"""From a quantized checkpoint to a model that runs: skeleton, quantized linears, float tensors, kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from awq.checkpoint.read import Checkpoint, open_checkpoint
+from awq.errors import CheckpointError
+from awq.kernels import select_kernel_version
+from awq.linear import QuantLinear
+from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
+
+MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
+
+
+def load_quantized(
+    model: str | Path,
+    *,
+    version: str | None = None,
+    kernel: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    outliers: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load an AWQ checkpoint (folder or hub id) with its linears quantized, ready for `generate`.
+
+    version: "GEMM" or "GEMV" pins that kernel version for every call; None or "auto" chooses per call.
+    kernel:  one backend by name, for tests and bug reports ("reference" computes in float32).
+    dtype:   of activations; by default the checkpoint's on a GPU, bfloat16 on a CPU, where int4 is fast only in it.
+    Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
+    """
+    target = pick_device(device)
+    select_kernel_version(version=version, device=target)
+    checkpoint = open_checkpoint(find_folder(model, revision=revision))
+    if dtype is None:
+        dtype = _config_dtype(checkpoint) if target.type != "cpu" else torch.bfloat16
+
+    def quant_linear(source: Checkpoint, name: str, _linear: nn.Linear) -> nn.Module:
+        layer = QuantLinear(source.packed(name), source.bias(name), source.outliers(name) if outliers else None)
+        layer.to(target)
+        layer.prepare(version=version, kernel=kernel, dtype=dtype)
+        return layer
+
+    return _assemble(checkpoint, quant_linear, dtype, trust_remote_code).to(target)
+
+
+def load_dequantized(
+    model: str | Path, *, outliers: bool = True, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> Any:
+    """The checkpoint as a plain float model: what is measured then does not depend on the kernel at hand.
+
+    `outliers=False` leaves the fp16 channels out, as engines do that read the int4 weights alone.
+    """
+
+    def float_linear(source: Checkpoint, name: str, linear: nn.Linear) -> nn.Module:
+        weight = source.packed(name).dequantize()
+        kept = source.outliers(name) if outliers else None
+        if kept is not None:
+            weight = kept.add_to(weight)
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        bias = source.bias(name)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        return linear
+
+    return _assemble(open_checkpoint(find_folder(model)), float_linear, dtype, trust_remote_code)
+
+
+def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    config = _model_config(checkpoint, trust_remote_code)
+    model = skeleton(config, dtype, trust_remote_code)
+    for name in checkpoint.linears:
+        replace_module(model, name, make_linear(checkpoint, name, _linear(model, checkpoint, name)))
+    for name, scales in checkpoint.act_scales.items():
+        replace_module(model, name, ScaledActivation(model.get_submodule(name), scales.to(dtype)))
+    _fill(model, checkpoint, dtype)
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.eval()
+
+
+class ScaledActivation(nn.Module):
+    """act(x) / scales: how AutoAWQ scales a linear behind a GELU (`<act>.scales`, [features])."""
+
+    def __init__(self, activation: nn.Module, scales: Tensor) -> None:
+        super().__init__()
+        self.activation = activation
+        self.register_buffer("scales", scales)
+        self.scales: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.activation(x) / self.scales
+        return result
+
+
+def _model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    drop_quantization(config)
+    return config
+
+
+def _linear(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(
+            f"{checkpoint.folder.name} has a quantized {name}, where the architecture of its config.json has no linear."
+        )
+    return module
+
+
+def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Load every tensor that is not quantized, and check that none is missing."""
+    tensors = {name: _cast(checkpoint.tensor(name), dtype) for name in checkpoint.float_names}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder.name} lacks {missing[0]} ({len(missing)} tensors in all are missing).")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    return torch.bfloat16 if name == "bfloat16" else torch.float16

@@ -1,0 +1,274 @@
+"""The whole recipe: float model + calibration text -> quantized model -> checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from awq import __version__
+from awq.algorithm.blocks import find_blocks, quantize_blocks, storage_dtype
+from awq.calibration import CalibrationSet, load_calibration
+from awq.checkpoint.write import Written, check_output, finished_recipe, write_checkpoint
+from awq.config import QuantConfig
+from awq.errors import ConfigError
+from awq.linear import QuantLinear
+from awq.progress import track
+from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
+
+DEFAULT_GROUP_SIZES = (128, 64, 32)
+# A linear that no kernel or format takes stays float where it is this small, such as a shared expert's gate.
+SMALL_LINEAR = 1 << 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which linears are quantized, how, and why the others are not."""
+
+    config: QuantConfig
+    blocks: str
+    linears: tuple[str, ...]
+    not_converted: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A checkpoint on disk. `already_complete`: the identical recipe had been run before, so nothing was."""
+
+    path: Path
+    report: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    size_bytes: int = 0
+    already_complete: bool = False
+
+
+def plan(model: nn.Module, config: QuantConfig) -> Plan:
+    """Resolve the group size and the list of linears; ConfigError where a linear cannot be quantized as asked.
+
+    Looks at shapes only, so `model` may be on the meta device.
+    """
+    blocks, _ = find_blocks(model)
+    inside = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(blocks + ".")}
+    not_converted = {
+        name: "outside the blocks" for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in inside
+    }
+    for name, module in inside.items():
+        if any(part in name for part in config.modules_to_not_convert):
+            not_converted[name] = "asked by modules_to_not_convert"
+        elif module.out_features % 8 and module.weight.numel() < SMALL_LINEAR:
+            not_converted[name] = f"out_features {module.out_features} is not a multiple of 8"
+    wanted = {name: module for name, module in inside.items() if name not in not_converted}
+    if not wanted:
+        raise ConfigError("nothing is left to quantize: modules_to_not_convert excludes every linear of the blocks.")
+    config, notes = _resolve_group_size(config, {name: m.in_features for name, m in wanted.items()})
+    _check_shapes(wanted, config)
+    return Plan(config, blocks, tuple(wanted), not_converted, notes)
+
+
+def _resolve_group_size(config: QuantConfig, widths: dict[str, int]) -> tuple[QuantConfig, tuple[str, ...]]:
+    if config.group_size is not None:
+        return config, ()
+    for size in DEFAULT_GROUP_SIZES:
+        misfit = next((name for name, width in widths.items() if width % size), None)
+        if misfit is None:
+            note = f"group size {size}: {DEFAULT_GROUP_SIZES[0]} does not divide {blamed}" if size != 128 else None
+            return config.with_group_size(size), (note,) if note else ()
+        if size == DEFAULT_GROUP_SIZES[0]:
+            blamed = f"the {widths[misfit]} inputs of {misfit}."
+    raise ConfigError(
+        f"no group size of {DEFAULT_GROUP_SIZES} divides the {widths[misfit]} inputs of {misfit}: "
+        "give one, or list it in modules_to_not_convert."
+    )
+
+
+def _check_shapes(linears: dict[str, nn.Linear], config: QuantConfig) -> None:
+    for name, module in linears.items():
+        size = module.in_features if config.group_size in (-1, None) else int(config.group_size or 1)
+        if module.in_features % size:
+            fitting = [s for s in (128, 64, 32, 16) if all(m.in_features % s == 0 for m in linears.values())]
+            raise ConfigError(
+                f"group size {size} does not divide the {module.in_features} inputs of {name}: "
+                f"use {' or '.join(map(str, [*fitting, -1]))}, or list it in modules_to_not_convert."
+            )
+        if module.out_features % 8:
+            raise ConfigError(
+                f"{name} has {module.out_features} outputs, which int4 words of 8 cannot hold: "
+                "list it in modules_to_not_convert."
+            )
+
+
+def quantize_model(
+    model: nn.Module,
+    config: QuantConfig,
+    calibration: CalibrationSet,
+    *,
+    device: str | torch.device = "auto",
+    name: str = "the model",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Quantize `model` in place, its linears replaced by QuantLinear; returns the report that is saved beside it.
+
+    Errors: ConfigError, CheckpointError (NaN weights) and UnsupportedModelError, all before any long work.
+    """
+    planned = plan(model, config)
+    check_finite(model, name)
+    linears: dict[str, Any] = {}
+    wanted = frozenset(planned.linears)
+    blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
+    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, pick_device(device))
+    with track("Quantizing", blocks, enabled=progress) as bar:
+        for block, results in solve:
+            for linear, result in results.items():
+                replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
+                linears[linear] = result.report
+            _warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
+            bar.advance(note=block)
+    return {
+        "recipe": {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)},
+        "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "linears": linears,
+        "not_converted": planned.not_converted,
+        "notes": [*planned.notes],
+    }
+
+
+def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
+    for reason in {report["fallback"] for report in reports.values()} - {None}:
+        names = ", ".join(name for name, report in reports.items() if report["fallback"] == reason)
+        warnings.warn(f"{block}: {reason} in {names}: rounded plainly.", stacklevel=3)
+
+
+def save_quantized(
+    model: nn.Module,
+    folder: str | Path,
+    report: dict[str, Any],
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    verify: str = "quick",
+) -> Written:
+    """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder."""
+    config = QuantConfig.from_dict(report["recipe"]["config"])
+
+    def extras(target: Path) -> None:
+        for part in (tokenizer, processor, getattr(model, "generation_config", None)):
+            if part is not None:
+                part.save_pretrained(target)
+
+    return write_checkpoint(
+        Path(folder),
+        config=_model_config(model),
+        quant=config,
+        linears=((n, m.packed, m.bias, m.outliers) for n, m in model.named_modules() if isinstance(m, QuantLinear)),
+        floats=_float_tensors(model),
+        report=report,
+        modules_to_not_convert=list(report["not_converted"]),
+        extras=extras,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        verify=verify,
+    )
+
+
+def quantize_folder(
+    model: str | Path,
+    output: str | Path,
+    config: QuantConfig,
+    *,
+    calibration: Sequence[str] = (),
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    verify: str = "quick",
+    progress: bool = True,
+) -> Finished:
+    """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`.
+
+    Everything that can be wrong with the arguments is found before the weights are read. An output finished by the
+    identical recipe is reported complete and left alone.
+    """
+    if config.bits != 4:
+        raise ConfigError(f"bits={config.bits} cannot be stored: the checkpoint format holds 4-bit codes only.")
+    pick_device(device)
+    source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
+    done = finished_recipe(Path(output))
+    if done is None:
+        check_output(Path(output), overwrite)
+    planned = plan(skeleton(source.config(), trust_remote_code=trust_remote_code), config)
+    tokenizer = source.tokenizer()
+    needs_model = "self" in calibration
+    float_model = source.load() if needs_model else None
+    text = load_calibration(
+        tokenizer, sources=list(calibration) or None, samples=samples, seq_len=seq_len, seed=seed, model=float_model
+    )
+    recipe = {
+        "model": {"name": Path(source.name).name, "fingerprint": source.fingerprint()},
+        "config": _config_dict(planned.config),
+        "calibration": _calibration_dict(text),
+    }
+    if done == recipe and not overwrite:
+        return _already_complete(Path(output))
+    check_output(Path(output), overwrite)
+    float_model = float_model or source.load()
+    report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
+    report["recipe"] = recipe
+    written = save_quantized(float_model, output, report, tokenizer=tokenizer, overwrite=overwrite, verify=verify)
+    return Finished(written.path, report, written.warnings, written.size_bytes)
+
+
+def _already_complete(output: Path) -> Finished:
+    report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    return Finished(output, report, [], size, already_complete=True)
+
+
+def _config_dict(config: QuantConfig) -> dict[str, Any]:
+    return {**asdict(config), "modules_to_not_convert": list(config.modules_to_not_convert)}
+
+
+def _calibration_dict(calibration: CalibrationSet) -> dict[str, Any]:
+    tokens = calibration.tokens
+    return {
+        "sources": list(calibration.description),
+        "shape": list(tokens.shape),
+        "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
+    }
+
+
+def _model_config(model: Any) -> dict[str, Any]:
+    config = copy.deepcopy(model.config)
+    drop_quantization(config)
+    config.architectures = [type(model).__name__]
+    config.dtype = storage_dtype(model)
+    settings: dict[str, Any] = json.loads(config.to_json_string())
+    settings.pop("_name_or_path", None)
+    return settings
+
+
+def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Everything that is not in a QuantLinear, tied tensors once, in the storage dtype."""
+    quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
+    dtype = storage_dtype(model)
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if name.startswith(quantized) or key in seen:
+            continue
+        seen.add(key)
+        yield name, tensor.to(dtype) if tensor.dtype == torch.float32 else tensor

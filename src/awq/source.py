@@ -1,0 +1,196 @@
+"""Where a model comes from: a folder, a GGUF file or a hub id; checked before anything long starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import torch
+from huggingface_hub import errors as hub_errors
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from awq.checkpoint.read import check_safetensors
+from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
+
+# Everything a model folder needs and nothing that runs code.
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float model on disk: its folder, and the GGUF file in it if it is one."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {"trust_remote_code": self.trust_remote_code}
+
+    def weight_files(self) -> list[Path]:
+        return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+
+    def config(self) -> PretrainedConfig:
+        with _one_sentence(self.name, "configuration"):
+            config = AutoConfig.from_pretrained(self.folder, **self._where)
+        if self.gguf:
+            # transformers has dequantized it by then; left in, it would pass the result off as still quantized
+            drop_quantization(config)
+        elif quantization := getattr(config, "quantization_config", None):
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise CheckpointError(
+                f"{self.name} is already quantized ({method}): quantize its float original, or load it as it is."
+            )
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        with _one_sentence(self.name, "tokenizer"):
+            return AutoTokenizer.from_pretrained(self.folder, **self._where)
+
+    def load(self, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> nn.Module:
+        """The float model in eval mode. A GGUF is dequantized to `dtype` (float16 for "auto")."""
+        if self.gguf and dtype == "auto":
+            dtype = torch.float16
+        with _one_sentence(self.name, "weights"):
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, device_map=device_map, **self._where, **options
+            )
+        if self.gguf:
+            drop_quantization(model.config)
+            model.hf_quantizer = None
+        return model.eval()
+
+    def fingerprint(self) -> str:
+        """A digest of the configuration and of the weight files' sizes, first and last megabytes."""
+        digest = hashlib.sha256()
+        config = self.folder / "config.json"
+        if config.exists() and not self.gguf:
+            digest.update(config.read_bytes())
+        for path in self.weight_files():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_SAMPLE_BYTES))
+                file.seek(max(0, size - _SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def find_source(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Locate a float model and check that it can be read; ModelNotFoundError or CheckpointError otherwise."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{model} is a file but not a GGUF: give the model's folder, a .gguf file or a hub id.")
+        return Source(str(model), path.parent, path.name)
+    folder = find_folder(model, revision=revision)
+    source = Source(str(model), folder, None, trust_remote_code)
+    if not (folder / "config.json").exists():
+        ggufs = sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Source(str(model), folder, ggufs[0].name)
+        reason = f"it has {len(ggufs)} GGUF files: name one" if ggufs else "it has no config.json"
+        raise CheckpointError(f"{model} is not a model folder: {reason}.")
+    _check_weights(source)
+    return source
+
+
+def find_folder(model: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, safetensors only)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    name = str(model)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelNotFoundError(f"{name} does not exist: give a model folder, a .gguf file or a hub id (owner/name).")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except hub_errors.GatedRepoError as error:
+        raise ModelNotFoundError(f"{name} is gated: accept its licence on its page, then run `hf auth login`.") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise ModelNotFoundError(f"{name} has no revision {revision!r}.") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise ModelNotFoundError(
+            f"{name} is neither a local folder nor a public model on the hub: check the name, or run `hf auth login`."
+        ) from error
+    except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"{name} is no local folder, and the hub cannot be reached to look for it: download it first, "
+            "or check the connection."
+        ) from error
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """The model of `config` with its weights on the meta device (buffers, such as rotary tables, are real)."""
+    with accelerate.init_empty_weights(include_buffers=False), _one_sentence(config.model_type, "architecture"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """CheckpointError naming the first parameter that holds NaN or infinity."""
+    for parameter, value in model.named_parameters():
+        if value.device.type != "meta" and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed.")
+
+
+def drop_quantization(config: PretrainedConfig) -> None:
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """"auto" is the first CUDA GPU, else the CPU; ConfigError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA GPUs.")
+    return chosen
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _check_weights(source: Source) -> None:
+    files = source.weight_files()
+    if not files:
+        if any(list(source.folder.glob(pattern)) for pattern in _PICKLES):
+            raise CheckpointError(
+                f"{source.name} holds pickled weights only, which can run code when opened: "
+                "convert it to safetensors first (save_pretrained does)."
+            )
+        raise CheckpointError(f"{source.name} has no .safetensors file: the folder is incomplete.")
+    check_safetensors(source.folder)
+    try:
+        json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{source.name}/config.json is not valid JSON: {error}.") from error
+
+
+@contextmanager
+def _one_sentence(name: str, part: str) -> Iterator[None]:
+    """Turn what transformers raises for an unreadable model into a CheckpointError that names it."""
+    try:
+        yield
+    except AwqError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"cannot read the {part} of {name}: {reason}") from error

@@ -1,0 +1,57 @@
+import torch
+
+from awq.algorithm.affine import fit_affine
+from awq.algorithm.loss import group_errors, output_error
+from awq.algorithm.outliers import choose_channels, outlier_count, residual
+from awq.algorithm.refit import refit_scales
+
+
+def test_output_error_is_the_mean_squared_error_of_the_outputs() -> None:
+    x, delta = torch.randn(500, 32), torch.randn(8, 32)
+    expected = (x @ delta.t()).square().sum(1).mean()
+    assert torch.isclose(output_error(delta, x.t() @ x / 500), expected, rtol=1e-4)
+
+
+def test_group_errors_are_the_errors_of_one_group_alone() -> None:
+    x, delta = torch.randn(500, 32), torch.randn(8, 32)
+    errors = group_errors(delta, x.t() @ x / 500, 4)
+    assert errors.shape == (8, 4)
+    alone = (x[:, 8:16] @ delta[3, 8:16]).square().mean()
+    assert torch.isclose(errors[3, 1], alone, rtol=1e-4)
+
+
+def test_outliers_are_the_channels_that_cost_most() -> None:
+    x = torch.randn(400, 64)
+    x[:, [7, 40]] *= 30
+    gram = x.t() @ x / 400
+    weight = torch.randn(16, 64)
+    delta = fit_affine(weight, 32, 4, True).round(weight) - weight
+    channels = choose_channels([delta], gram, 2)
+    assert channels.tolist() == [7, 40]
+    kept = delta.index_add(1, channels, residual(delta, channels).t().float())
+    assert kept[:, channels].abs().max() < 1e-3
+    assert output_error(kept, gram) < 0.2 * output_error(delta, gram)
+
+
+def test_outlier_count_rounds_and_is_at_least_one() -> None:
+    assert [outlier_count(576, ratio) for ratio in (0, 0.0001, 0.005, 0.01, 0.05)] == [0, 1, 3, 6, 29]
+
+
+def test_refit_never_raises_any_rows_error() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 128) * torch.rand(128).mul(3)
+    gram = x.t() @ x / 400
+    weight = torch.randn(32, 128)
+    weight[3] = 0
+    grid = fit_affine(weight, 32, 4, True)
+    codes = grid.encode(weight)
+    refitted = refit_scales(weight, codes, grid, gram)
+
+    def row_errors(g: object) -> torch.Tensor:
+        delta = g.decode(codes) - weight  # type: ignore[attr-defined]
+        return ((delta @ gram) * delta).sum(1)
+
+    assert torch.equal(refitted.zeros, grid.zeros)
+    assert torch.equal(refitted.scales, refitted.scales.half().float())
+    assert (row_errors(refitted) <= row_errors(grid)).all()
+    assert row_errors(refitted).sum() < 0.98 * row_errors(grid).sum()
