@@ -133,7 +133,11 @@ def test_wider_scales_are_rounded_to_float16(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("in_features", "group_size", "layout", "reason"),
-    [(64, 16, "gemv", "no groups of 16"), (96, 32, "gemv_fast", "multiple of 64"), (64, 32, "marlin", "unknown layout")],
+    [
+        (64, 16, "gemv", "no groups of 16"),
+        (96, 32, "gemv_fast", "multiple of 64"),
+        (64, 32, "marlin", "unknown layout"),
+    ],
 )
 def test_what_a_layout_cannot_hold(in_features: int, group_size: int, layout: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):

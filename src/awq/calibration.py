@@ -22,7 +22,14 @@ from awq.errors import CalibrationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_SOURCES", "RESERVED_SOURCES", "CalibrationSet", "builtin_text", "evaluation_text", "load_calibration"]
+__all__ = [
+    "DEFAULT_SOURCES",
+    "RESERVED_SOURCES",
+    "CalibrationSet",
+    "builtin_text",
+    "evaluation_text",
+    "load_calibration",
+]
 
 DEFAULT_SOURCES = ("prose", "code")
 RESERVED_SOURCES = ("prose", "code", "self")
@@ -106,7 +113,8 @@ def _checked(data: Sequence[Document]) -> Sequence[Document]:
         return data
     for item in data:
         if isinstance(item, str) or not isinstance(item, Sequence):
-            raise CalibrationError("calibration data is a list of strings or a list of token lists, not a mixture.")
+            kind = type(item).__name__
+            raise CalibrationError(f"calibration data is all strings or all lists of token ids: it holds a {kind} too.")
         if any(not isinstance(token, int) or token < 0 for token in item):
             raise CalibrationError("calibration data as token lists holds the tokenizer's ids: integers from 0.")
     return data

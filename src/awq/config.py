@@ -77,7 +77,9 @@ class QuantConfig:
                 if str(value).lower() not in _METHODS:
                     raise ConfigError(f"quant_method={value!r} is not AWQ: this package writes and reads 'awq' only.")
             elif name not in known:
-                raise ConfigError(f"unknown setting {key!r} in quant_config: the settings are {', '.join(sorted(known))}.")
+                raise ConfigError(
+                    f"unknown setting {key!r} in quant_config: the settings are {', '.join(sorted(known))}."
+                )
             elif name in values and values[name] != value:
                 raise ConfigError(f"quant_config gives {name} twice, as {values[name]!r} and {value!r}: keep one.")
             elif value is not None or name in ("group_size",):

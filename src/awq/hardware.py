@@ -14,35 +14,12 @@ from typing import Any, Literal
 
 import torch
 
+from awq.capability import MIN_CAPABILITY, OWN_KERNELS, Capability, known_capability, parse_capability, series, show
 from awq.errors import ConfigError
 
-Capability = tuple[int, int]
+__all__ = ["Device", "default_device", "describe", "detect", "parse_capability", "refusal", "torch_has_code"]
+
 Kind = Literal["cuda", "cpu", "rocm", "mps"]
-
-# Below MIN_CAPABILITY nothing runs. From there to OWN_KERNELS torch's own operators do the work,
-# where the installed torch has code for the GPU.
-MIN_CAPABILITY: Capability = (6, 0)
-OWN_KERNELS: Capability = (7, 5)
-
-# First compute capability of each series, ascending: users mix these up, so messages name both.
-SERIES: tuple[tuple[Capability, str], ...] = (
-    ((1, 0), "Tesla"),
-    ((2, 0), "Fermi, GeForce GTX 400 and 500"),
-    ((3, 0), "Kepler, GeForce GTX 600 and 700, Tesla K"),
-    ((5, 0), "Maxwell, GeForce GTX 900, Tesla M"),
-    ((6, 0), "Pascal, GeForce GTX 1000, Tesla P"),
-    ((7, 0), "Volta, V100"),
-    ((7, 5), "Turing, GeForce RTX 20 and GTX 16, T4"),
-    ((8, 0), "Ampere, A100"),
-    ((8, 6), "Ampere, GeForce RTX 30, A10"),
-    ((8, 7), "Ampere, Jetson Orin"),
-    ((8, 9), "Ada, GeForce RTX 40, L4"),
-    ((9, 0), "Hopper, H100 and H200"),
-    ((10, 0), "Blackwell, B200 and B300"),
-    ((11, 0), "Blackwell, Jetson Thor"),
-    ((12, 0), "Blackwell, GeForce RTX 50"),
-    ((13, 0), "newer than this package"),
-)
 
 _SMI_FIELDS = "index,name,compute_cap,memory.total,uuid"
 _SMI_TIMEOUT = 10  # seconds; a hung driver must not hang the caller
@@ -81,43 +58,6 @@ class Device:
         return f"{self.name} (compute capability {show(self.capability)}: {series(self.capability)})"
 
 
-def show(capability: Capability) -> str:
-    return f"{capability[0]}.{capability[1]}"
-
-
-def series(capability: Capability) -> str:
-    """The architecture and the names on the box: (8, 6) is "Ampere, GeForce RTX 30, A10"."""
-    return [name for first, name in SERIES if first <= capability][-1]
-
-
-def parse_capability(value: object) -> Capability:
-    """(8, 6) for (8, 6), "8.6", 8.6, "sm_86", "86" or 86; ConfigError for anything else."""
-    parsed = _capability_pair(value) if isinstance(value, (tuple, list)) else _capability_text(value)
-    if parsed is None or not (1 <= parsed[0] <= 99 and 0 <= parsed[1] <= 9):
-        raise ConfigError(f"{value!r} is no compute capability: write it as (8, 6) or '8.6'.")
-    return parsed
-
-
-def _capability_pair(value: tuple[Any, ...] | list[Any]) -> Capability | None:
-    if len(value) == 2 and all(isinstance(part, int) and not isinstance(part, bool) for part in value):
-        return value[0], value[1]
-    return None
-
-
-def _capability_text(value: object) -> Capability | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
-    text = str(value).strip().lower()
-    if found := re.fullmatch(r"(\d+)\.(\d)", text):
-        return int(found[1]), int(found[2])
-    if found := re.fullmatch(r"(?:sm_?|compute_?)(\d+)(\d)[af]?", text):
-        return int(found[1]), int(found[2])
-    if re.fullmatch(r"\d{1,3}", text):  # 86 is 8.6 and 120 is 12.0, but 8 and 12 are major numbers
-        number = int(text)
-        return divmod(number, 10) if number >= 20 else (number, 0)
-    return None
-
-
 def detect() -> list[Device]:
     """Every GPU that this process may use, in torch's order where torch sees it; [] when there is none.
 
@@ -142,9 +82,9 @@ def describe(device: Device | torch.device | str | int) -> Device:
     if wanted.type == "cpu":
         return _cpu()
     seen = [found for found in _from_torch() if str(found.torch_device).split(":")[0] == wanted.type]
-    index = _current_gpu() if wanted.index is None else wanted.index
+    index = wanted.index if ":" in str(wanted) else _current_gpu()
     if wanted.type not in ("cuda", "mps") or index >= len(seen):
-        raise ConfigError(f"torch {torch.__version__} has no device {str(wanted)!r} here: it has {_names()}.")
+        raise ConfigError(f"torch {torch.__version__} has no device {str(wanted)!r} here: use {_names()}.")
     return seen[index]
 
 
@@ -155,7 +95,7 @@ def default_device() -> Device:
 
 
 def refusal(device: Device) -> str | None:
-    """Why no kernel version can run on the device and what that would need; None when some can."""
+    """What the device would need to run any kernel version; None when it can run some."""
     if device.kind != "cuda":
         return None
     if device.capability is None:
@@ -166,8 +106,8 @@ def refusal(device: Device) -> str | None:
         return None
     archs = ", ".join(_arch_list()) or "no GPU at all"
     return (
-        f"{device} would need a torch with code for sm_{''.join(map(str, device.capability))}: "
-        f"torch {torch.__version__} here has code for {archs}"
+        f"{device} would need a torch with code for sm_{''.join(map(str, device.capability))} "
+        f"(torch {torch.__version__} here has code for {archs})"
     )
 
 
@@ -178,15 +118,12 @@ def torch_has_code(capability: Capability) -> bool:
     A torch that names no architecture has no verdict on GPUs that every current build covers.
     """
     archs = _arch_list()
-    if not archs:
-        return capability >= OWN_KERNELS
-    return any(_runs(arch, capability) for arch in archs)
+    return any(_runs(arch, capability) for arch in archs) if archs else capability >= OWN_KERNELS
 
 
 def _runs(arch: str, capability: Capability) -> bool:
-    try:
-        built = parse_capability(arch)
-    except ConfigError:
+    built = known_capability(arch)
+    if built is None:
         return False
     if arch.startswith("compute"):
         return built <= capability
@@ -236,7 +173,7 @@ def _nvml_device(nvml: Any, index: int) -> Device | None:
         index=index,
         name=_text(ask("nvmlDeviceGetName", handle)) or "NVIDIA GPU",
         kind="cuda",
-        capability=_known_capability(tuple(capability or ())),
+        capability=known_capability(tuple(capability or ())),
         memory_bytes=int(getattr(ask("nvmlDeviceGetMemoryInfo", handle), "total", 0) or 0),
         uuid=_text(ask("nvmlDeviceGetUUID", handle)) or None,
         # MHz x bits x 2 transfers a clock
@@ -257,7 +194,7 @@ def _from_nvidia_smi() -> list[Device]:
 def _smi_device(line: str, number: int) -> Device | None:
     """A line of nvidia-smi; a field it cannot tell ("[N/A]") is unknown, a line that is no GPU is None."""
     parts = [part.strip() for part in line.split(",")]
-    if len(parts) == 1 and (only := _known_capability(parts[0])):
+    if len(parts) == 1 and (only := known_capability(parts[0])):
         return Device(number, "NVIDIA GPU", "cuda", only)
     if len(parts) < 5:
         return None
@@ -266,7 +203,7 @@ def _smi_device(line: str, number: int) -> Device | None:
         index=int(index) if index.isdigit() else number,
         name=", ".join(name),
         kind="cuda",
-        capability=_known_capability(capability),
+        capability=known_capability(capability),
         memory_bytes=_parse_memory(memory),
         uuid=uuid if uuid.startswith("GPU-") else None,
     )
@@ -277,12 +214,12 @@ def _from_torch() -> list[Device]:
     if torch.cuda.is_available():
         return [_torch_gpu(index) for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        return [Device(0, "Apple GPU", "mps", memory_bytes=_mps_memory(), torch_device="mps")]
+        return [Device(0, "Apple GPU", "mps", memory_bytes=torch.mps.recommended_max_memory(), torch_device="mps")]
     return []
 
 
 def _torch_gpu(index: int) -> Device:
-    rocm = torch.version.hip is not None
+    rocm = bool(getattr(torch.version, "hip", None))
     facts = torch.cuda.get_device_properties(index)
     uuid = str(getattr(facts, "uuid", "") or "")
     return Device(
@@ -332,18 +269,7 @@ def _current_gpu() -> int:
 
 
 def _names() -> str:
-    return ", ".join(["cpu", *(str(found.torch_device) for found in _from_torch())])
-
-
-def _mps_memory() -> int:
-    return torch.mps.recommended_max_memory()
-
-
-def _known_capability(value: object) -> Capability | None:
-    try:
-        return parse_capability(value)
-    except ConfigError:
-        return None
+    return " or ".join(["cpu", *(str(found.torch_device) for found in _from_torch())])
 
 
 def _parse_memory(text: str) -> int:

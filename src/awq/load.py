@@ -14,6 +14,7 @@ from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.errors import CheckpointError
 from awq.kernels import select_kernel_version
 from awq.linear import QuantLinear
+from awq.names import from_stored, of_module
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
@@ -77,13 +78,17 @@ def load_dequantized(
 def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     config = _model_config(checkpoint, trust_remote_code)
     model = skeleton(config, dtype, trust_remote_code)
-    for name in checkpoint.linears:
-        replace_module(model, name, make_linear(checkpoint, name, _linear(model, checkpoint, name)))
+    tensor_name = from_stored(model)
+    linear_name = of_module(tensor_name)
+    names = {stored: linear_name(stored) for stored in checkpoint.linears}
+    tensors = {tensor_name(stored): _cast(checkpoint.tensor(stored), dtype) for stored in checkpoint.float_names}
+    for stored, name in names.items():
+        replace_module(model, name, make_linear(checkpoint, stored, _linear(model, name, checkpoint, stored)))
     for name, scales in checkpoint.act_scales.items():
         replace_module(model, name, ScaledActivation(model.get_submodule(name), scales.to(dtype)))
-    _fill(model, checkpoint, dtype)
-    if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    _fill(model, tensors, checkpoint.path.name)
+    if (checkpoint.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model.eval()
 
 
@@ -102,31 +107,44 @@ class ScaledActivation(nn.Module):
 
 
 def _model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     drop_quantization(config)
     return config
 
 
-def _linear(model: nn.Module, checkpoint: Checkpoint, name: str) -> nn.Linear:
+def _linear(model: nn.Module, name: str, checkpoint: Checkpoint, stored: str) -> nn.Linear:
+    """The linear that `stored` is the weight of; CheckpointError where config.json says otherwise."""
+    shape = checkpoint.shape(stored)
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):
         raise CheckpointError(
-            f"{checkpoint.folder.name} has a quantized {name}, where the architecture of its config.json has no linear."
+            f"{checkpoint.path.name} has a quantized {stored}, where the architecture in its config.json has no linear."
+        )
+    if (module.in_features, module.out_features) != (shape.in_features, shape.out_features):
+        raise CheckpointError(
+            f"{checkpoint.path.name} stores {stored} as {shape.out_features} x {shape.in_features}, where its "
+            f"config.json says {module.out_features} x {module.in_features}: one of them is of another model."
         )
     return module
 
 
-def _fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Load every tensor that is not quantized, and check that none is missing."""
-    tensors = {name: _cast(checkpoint.tensor(name), dtype) for name in checkpoint.float_names}
+def _fill(model: Any, tensors: dict[str, Tensor], folder: str) -> None:
+    """Load every tensor that is not quantized, and check that none is missing or of another shape."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name in parameters and parameters[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder} stores {name} as {list(tensor.shape)}, where its config.json says "
+                f"{list(parameters[name].shape)}: one of them is of another model."
+            )
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise CheckpointError(f"{checkpoint.folder.name} lacks {missing[0]} ({len(missing)} tensors in all are missing).")
+        raise CheckpointError(f"{folder} lacks {missing[0]} ({len(missing)} tensors in all are missing).")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +16,17 @@ import transformers
 from torch import Tensor, nn
 
 from awq import __version__
-from awq.algorithm.blocks import find_blocks, quantize_blocks, storage_dtype
+from awq.algorithm.blocks import quantize_blocks, storage_dtype
 from awq.calibration import CalibrationSet, load_calibration
-from awq.checkpoint.write import Written, check_output, finished_recipe, write_checkpoint
+from awq.checkpoint.output import check_output, finished_recipe
+from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
-from awq.errors import ConfigError
+from awq.errors import CalibrationError, ConfigError
 from awq.linear import QuantLinear
+from awq.names import of_module, to_stored
+from awq.plan import make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
-
-DEFAULT_GROUP_SIZES = (128, 64, 32)
-# A linear that no kernel or format takes stays float where it is this small, such as a shared expert's gate.
-SMALL_LINEAR = 1 << 16
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which linears are quantized, how, and why the others are not."""
-
-    config: QuantConfig
-    blocks: str
-    linears: tuple[str, ...]
-    not_converted: dict[str, str]
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,64 +35,9 @@ class Finished:
 
     path: Path
     report: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
     size_bytes: int = 0
     already_complete: bool = False
-
-
-def plan(model: nn.Module, config: QuantConfig) -> Plan:
-    """Resolve the group size and the list of linears; ConfigError where a linear cannot be quantized as asked.
-
-    Looks at shapes only, so `model` may be on the meta device.
-    """
-    blocks, _ = find_blocks(model)
-    inside = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(blocks + ".")}
-    not_converted = {
-        name: "outside the blocks" for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in inside
-    }
-    for name, module in inside.items():
-        if any(part in name for part in config.modules_to_not_convert):
-            not_converted[name] = "asked by modules_to_not_convert"
-        elif module.out_features % 8 and module.weight.numel() < SMALL_LINEAR:
-            not_converted[name] = f"out_features {module.out_features} is not a multiple of 8"
-    wanted = {name: module for name, module in inside.items() if name not in not_converted}
-    if not wanted:
-        raise ConfigError("nothing is left to quantize: modules_to_not_convert excludes every linear of the blocks.")
-    config, notes = _resolve_group_size(config, {name: m.in_features for name, m in wanted.items()})
-    _check_shapes(wanted, config)
-    return Plan(config, blocks, tuple(wanted), not_converted, notes)
-
-
-def _resolve_group_size(config: QuantConfig, widths: dict[str, int]) -> tuple[QuantConfig, tuple[str, ...]]:
-    if config.group_size is not None:
-        return config, ()
-    for size in DEFAULT_GROUP_SIZES:
-        misfit = next((name for name, width in widths.items() if width % size), None)
-        if misfit is None:
-            note = f"group size {size}: {DEFAULT_GROUP_SIZES[0]} does not divide {blamed}" if size != 128 else None
-            return config.with_group_size(size), (note,) if note else ()
-        if size == DEFAULT_GROUP_SIZES[0]:
-            blamed = f"the {widths[misfit]} inputs of {misfit}."
-    raise ConfigError(
-        f"no group size of {DEFAULT_GROUP_SIZES} divides the {widths[misfit]} inputs of {misfit}: "
-        "give one, or list it in modules_to_not_convert."
-    )
-
-
-def _check_shapes(linears: dict[str, nn.Linear], config: QuantConfig) -> None:
-    for name, module in linears.items():
-        size = module.in_features if config.group_size in (-1, None) else int(config.group_size or 1)
-        if module.in_features % size:
-            fitting = [s for s in (128, 64, 32, 16) if all(m.in_features % s == 0 for m in linears.values())]
-            raise ConfigError(
-                f"group size {size} does not divide the {module.in_features} inputs of {name}: "
-                f"use {' or '.join(map(str, [*fitting, -1]))}, or list it in modules_to_not_convert."
-            )
-        if module.out_features % 8:
-            raise ConfigError(
-                f"{name} has {module.out_features} outputs, which int4 words of 8 cannot hold: "
-                "list it in modules_to_not_convert."
-            )
 
 
 def quantize_model(
@@ -120,8 +53,11 @@ def quantize_model(
 
     Errors: ConfigError, CheckpointError (NaN weights) and UnsupportedModelError, all before any long work.
     """
-    planned = plan(model, config)
+    planned = make_plan(model, config)
+    _check_tokens(model, calibration.tokens, name)
     check_finite(model, name)
+    for note in planned.notes:
+        warnings.warn(note, stacklevel=2)
     linears: dict[str, Any] = {}
     wanted = frozenset(planned.linears)
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
@@ -142,6 +78,18 @@ def quantize_model(
     }
 
 
+def _check_tokens(model: Any, tokens: Tensor, name: str) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the calibration text has token {int(tokens.max())}, {name} only {vocabulary}: "
+            "pass the tokenizer that belongs to the model."
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and tokens.shape[1] > longest:
+        raise CalibrationError(f"blocks of {tokens.shape[1]} tokens are longer than the {longest} that {name} takes.")
+
+
 def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
     for reason in {report["fallback"] for report in reports.values()} - {None}:
         names = ", ".join(name for name, report in reports.items() if report["fallback"] == reason)
@@ -160,7 +108,10 @@ def save_quantized(
     verify: str = "quick",
 ) -> Written:
     """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder."""
-    config = QuantConfig.from_dict(report["recipe"]["config"])
+    config = replace(
+        QuantConfig.from_dict(report["recipe"]["config"]),
+        modules_to_not_convert=tuple(map(of_module(to_stored(model)), report["not_converted"])),
+    )
 
     def extras(target: Path) -> None:
         for part in (tokenizer, processor, getattr(model, "generation_config", None)):
@@ -171,10 +122,9 @@ def save_quantized(
         Path(folder),
         config=_model_config(model),
         quant=config,
-        linears=((n, m.packed, m.bias, m.outliers) for n, m in model.named_modules() if isinstance(m, QuantLinear)),
+        linears=_quantized_linears(model),
         floats=_float_tensors(model),
         report=report,
-        modules_to_not_convert=list(report["not_converted"]),
         extras=extras,
         shard_size=shard_size,
         overwrite=overwrite,
@@ -187,7 +137,7 @@ def quantize_folder(
     output: str | Path,
     config: QuantConfig,
     *,
-    calibration: Sequence[str] = (),
+    calibration: Sequence[str | Path] = (),
     samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
@@ -210,7 +160,7 @@ def quantize_folder(
     done = finished_recipe(Path(output))
     if done is None:
         check_output(Path(output), overwrite)
-    planned = plan(skeleton(source.config(), trust_remote_code=trust_remote_code), config)
+    planned = make_plan(skeleton(source.config(), trust_remote_code=trust_remote_code), config)
     tokenizer = source.tokenizer()
     needs_model = "self" in calibration
     float_model = source.load() if needs_model else None
@@ -229,13 +179,13 @@ def quantize_folder(
     report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
     report["recipe"] = recipe
     written = save_quantized(float_model, output, report, tokenizer=tokenizer, overwrite=overwrite, verify=verify)
-    return Finished(written.path, report, written.warnings, written.size_bytes)
+    return Finished(written.path, report, written.warnings, written.bytes)
 
 
 def _already_complete(output: Path) -> Finished:
     report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    return Finished(output, report, [], size, already_complete=True)
+    return Finished(output, report, size_bytes=size, already_complete=True)
 
 
 def _config_dict(config: QuantConfig) -> dict[str, Any]:
@@ -261,14 +211,22 @@ def _model_config(model: Any) -> dict[str, Any]:
     return settings
 
 
+def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
+    rename = of_module(to_stored(model))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            bias = module.bias
+            yield rename(name), module.packed, bias if isinstance(bias, Tensor) else None, module.outliers
+
+
 def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Everything that is not in a QuantLinear, tied tensors once, in the storage dtype."""
     quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype = storage_dtype(model)
+    dtype, rename = storage_dtype(model), to_stored(model)
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape)
         if name.startswith(quantized) or key in seen:
             continue
         seen.add(key)
-        yield name, tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 else tensor

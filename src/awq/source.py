@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from awq.checkpoint.read import check_safetensors
+from awq.checkpoint.files import TensorFiles
 from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
 
 # Everything a model folder needs and nothing that runs code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SAMPLE_BYTES = 1 << 20
+# What readers of damaged files and unknown architectures have been seen to raise.
+_UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Source:
 
     def config(self) -> PretrainedConfig:
         with _one_sentence(self.name, "configuration"):
-            config = AutoConfig.from_pretrained(self.folder, **self._where)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **self._where)
         if self.gguf:
             # transformers has dequantized it by then; left in, it would pass the result off as still quantized
             drop_quantization(config)
@@ -59,12 +60,12 @@ class Source:
         with _one_sentence(self.name, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._where)
 
-    def load(self, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> nn.Module:
+    def load(self, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> Any:
         """The float model in eval mode. A GGUF is dequantized to `dtype` (float16 for "auto")."""
         if self.gguf and dtype == "auto":
             dtype = torch.float16
         with _one_sentence(self.name, "weights"):
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, device_map=device_map, **self._where, **options
             )
         if self.gguf:
@@ -93,7 +94,9 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise CheckpointError(f"{model} is a file but not a GGUF: give the model's folder, a .gguf file or a hub id.")
+            raise CheckpointError(
+                f"{model} is a file but not a GGUF: give the model's folder, a .gguf file or a hub id."
+            )
         return Source(str(model), path.parent, path.name)
     folder = find_folder(model, revision=revision)
     source = Source(str(model), folder, None, trust_remote_code)
@@ -103,7 +106,7 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
             return Source(str(model), folder, ggufs[0].name)
         reason = f"it has {len(ggufs)} GGUF files: name one" if ggufs else "it has no config.json"
         raise CheckpointError(f"{model} is not a model folder: {reason}.")
-    _check_weights(source)
+    TensorFiles(folder)  # opens every file: a missing, truncated or pickled one is a CheckpointError
     return source
 
 
@@ -118,7 +121,9 @@ def find_folder(model: str | Path, *, revision: str | None = None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except hub_errors.GatedRepoError as error:
-        raise ModelNotFoundError(f"{name} is gated: accept its licence on its page, then run `hf auth login`.") from error
+        raise ModelNotFoundError(
+            f"{name} is gated: accept its licence on its page, then run `hf auth login`."
+        ) from error
     except hub_errors.RevisionNotFoundError as error:
         raise ModelNotFoundError(f"{name} has no revision {revision!r}.") from error
     except hub_errors.RepositoryNotFoundError as error:
@@ -142,7 +147,9 @@ def check_finite(model: nn.Module, name: str) -> None:
     """CheckpointError naming the first parameter that holds NaN or infinity."""
     for parameter, value in model.named_parameters():
         if value.device.type != "meta" and not bool(value.isfinite().all()):
-            raise CheckpointError(f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed.")
+            raise CheckpointError(
+                f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed."
+            )
 
 
 def drop_quantization(config: PretrainedConfig) -> None:
@@ -151,7 +158,7 @@ def drop_quantization(config: PretrainedConfig) -> None:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """"auto" is the first CUDA GPU, else the CPU; ConfigError for a device that is not there."""
+    """ "auto" is the first CUDA GPU, else the CPU; ConfigError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -168,22 +175,6 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _check_weights(source: Source) -> None:
-    files = source.weight_files()
-    if not files:
-        if any(list(source.folder.glob(pattern)) for pattern in _PICKLES):
-            raise CheckpointError(
-                f"{source.name} holds pickled weights only, which can run code when opened: "
-                "convert it to safetensors first (save_pretrained does)."
-            )
-        raise CheckpointError(f"{source.name} has no .safetensors file: the folder is incomplete.")
-    check_safetensors(source.folder)
-    try:
-        json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{source.name}/config.json is not valid JSON: {error}.") from error
-
-
 @contextmanager
 def _one_sentence(name: str, part: str) -> Iterator[None]:
     """Turn what transformers raises for an unreadable model into a CheckpointError that names it."""
@@ -191,6 +182,6 @@ def _one_sentence(name: str, part: str) -> Iterator[None]:
         yield
     except AwqError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except _UNREADABLE as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"cannot read the {part} of {name}: {reason}") from error

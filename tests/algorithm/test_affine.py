@@ -57,5 +57,7 @@ def test_codes_of_a_grid_survive() -> None:
     codes[:, ::32], codes[:, 1::32] = 0, 15
     scales = torch.rand(16, 2, generator=generator).half().float() + 0.01
     zeros = torch.randint(1, 15, (16, 2), generator=generator).float()
-    weight = ((codes.unflatten(1, (2, 32)).float() - zeros.unsqueeze(-1)) * scales.half().float().unsqueeze(-1)).flatten(1)
+    weight = (
+        (codes.unflatten(1, (2, 32)).float() - zeros.unsqueeze(-1)) * scales.half().float().unsqueeze(-1)
+    ).flatten(1)
     assert torch.equal(fit_affine(weight, 32, 4, True).encode(weight), codes)

@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 TOKENS = random_tokens(6, 48)
 
 
-def quantized(model: Any, tokens: torch.Tensor = TOKENS, wanted: Any = lambda _name: True, **settings: Any) -> dict[str, QuantizedLinear]:
+def quantized(
+    model: Any, tokens: torch.Tensor = TOKENS, wanted: Any = lambda _name: True, **settings: Any
+) -> dict[str, QuantizedLinear]:
     config = QuantConfig(**{"group_size": 32, "outlier_ratio": 0.05, **settings})
     results: dict[str, QuantizedLinear] = {}
     for _, linears in quantize_blocks(model, tokens, config, wanted, CPU):

@@ -24,33 +24,32 @@ class Affine:
 
     def encode(self, weight: Tensor) -> Tensor:
         """Codes of `weight` [out, in], plain rounding, uint8 [out, in]."""
-        grouped = weight.unflatten(1, (self.scales.shape[1], -1))
-        codes = torch.round(grouped / self.scales.unsqueeze(-1)) + self.zeros.unsqueeze(-1)
+        codes = torch.round(self._grouped(weight) / self.scales.unsqueeze(-1)) + self.zeros.unsqueeze(-1)
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 weight [out, in] of `codes` [out, in]."""
-        grouped = codes.unflatten(1, (self.scales.shape[1], -1)).float()
-        return ((grouped - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)).flatten(1)
+        return ((self._grouped(codes) - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)).flatten(1)
 
     def round(self, weight: Tensor) -> Tensor:
         """`weight` moved to the nearest point of the grid, float32 [out, in]."""
-        grouped = weight.unflatten(1, (self.scales.shape[1], -1))
         scales, zeros = self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1)
-        steps = torch.round(grouped / scales)
+        steps = torch.round(self._grouped(weight) / scales)
         return torch.maximum(torch.minimum(steps, 2**self.bits - 1 - zeros), -zeros).mul_(scales).flatten(1)
 
+    def _grouped(self, values: Tensor) -> Tensor:
+        """[out, in] -> float32 [out, groups, group_size]."""
+        return values.reshape(*self.scales.shape, -1).float()
 
-def fit_affine(
-    weight: Tensor, group_size: int, bits: int, zero_point: bool, shrink: Tensor | None = None
-) -> Affine:
+
+def fit_affine(weight: Tensor, group_size: int, bits: int, zero_point: bool, shrink: Tensor | None = None) -> Affine:
     """The grid that spans each group's range, optionally shrunk to `shrink` [out, groups] of it.
 
     weight [out, in] in float32, in % group_size == 0 (-1: one group a row). The range always holds 0, so that
     a zero weight stays zero. Symmetric grids are centred on 2**(bits - 1). Codes are later computed from the
     scale as float16 stores it: what is searched is what is run.
     """
-    grouped = weight.unflatten(1, (-1, weight.shape[1] if group_size == -1 else group_size))
+    grouped = weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
     top = 2**bits - 1
     high = grouped.amax(-1).clamp_min(0)
     low = grouped.amin(-1).clamp_max(0)

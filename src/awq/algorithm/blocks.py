@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.affine import Affine, fit_affine
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.clip import search_clip
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
@@ -106,9 +106,7 @@ def quantize_blocks(
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _look(
-    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk
-) -> tuple[Structure, dict[str, InputStats]]:
+def _look(block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk) -> tuple[Structure, dict[str, InputStats]]:
     """The block's structure, and its inputs' statistics; the chunks move on to its output."""
     probe.hidden = chunks[0].hidden[:1, : probe.hidden.shape[1]].clone()
     with fast_matmul(enabled=False):
@@ -148,9 +146,7 @@ def _scale_group(
     if not consumers or not all(consumer.usable for consumer in consumers):
         return
     weights = [consumer.weight for consumer in consumers]
-    scale = search_scale(
-        weights, consumers[0].stats, lambda w: _plain(w, config), group.reduce, group.expand
-    )
+    scale = search_scale(weights, consumers[0].stats, lambda w: _plain(w, config), group.reduce, group.expand)
     if scale is None:
         return
     applied = fold(block, group, scale, stored_in)
@@ -209,7 +205,7 @@ def _result(
         "outliers": outliers.index.numel() if outliers else 0,
         "fallback": _fallback(linear),
     }
-    bias = linear.module.bias
+    bias = dict(linear.module.named_parameters()).get("bias")
     stored_bias = None if bias is None else bias.data.to(torch.float16)
     return QuantizedLinear(pack(codes, grid.zeros, grid.scales), outliers, stored_bias, report)
 

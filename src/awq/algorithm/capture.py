@@ -1,9 +1,9 @@
-"""Run one block over the calibration text and keep, per linear input, what the search needs. All device moves live here."""
+"""Run one block over the calibration text and keep what the search needs of its inputs. All device moves live here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -28,9 +28,7 @@ class InputStats:
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
-        return cls(
-            torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device)
-        )
+        return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
@@ -67,7 +65,7 @@ class Call:
 
 @dataclass
 class Chunk:
-    """A few sequences on their way through the model: hidden states [sequences, tokens, width] and each block's call."""
+    """A few sequences on their way through the model: hidden states [sequences, tokens, width], each block's call."""
 
     hidden: Tensor
     calls: list[Call] = field(default_factory=list)
@@ -84,7 +82,7 @@ def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device:
     """
     per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
     returns_tuple = _returns_tuple(model, blocks, tokens[:1, :8])
-    return [_enter(model, blocks, part, returns_tuple, device) for part in tokens.split(per_chunk)]
+    return [_enter(model, blocks, part, returns_tuple, device) for part in torch.split(tokens, per_chunk)]
 
 
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns_tuple: bool, device: torch.device) -> Chunk:
@@ -121,10 +119,8 @@ def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> b
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
     device = next(model.parameters()).device
-    try:
+    with suppress(_Stop):
         model(input_ids=tokens.to(device), use_cache=False)
-    except _Stop:
-        pass
 
 
 @contextmanager

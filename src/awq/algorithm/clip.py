@@ -13,7 +13,7 @@ SHRINKS = tuple(1 - step / 20 for step in range(1, 10))  # down to 55 % of the r
 
 
 def search_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_point: bool) -> Affine:
-    """The grid of `weight` [out, in] whose ranges cost the least, group by group; the full range if that is no better."""
+    """The grid of `weight` [out, in] whose ranges cost the least, group by group; the full range where it is best."""
     full = fit_affine(weight, group_size, bits, zero_point)
     groups = full.scales.shape[1]
     shrink = torch.ones_like(full.scales)

@@ -120,7 +120,7 @@ class _Trace(list[_Call]):
         return tuple(tuple(names) for names in sets.values() if names)
 
     def candidates(self, consumers: tuple[str, ...], head_dims: tuple[int, ...]) -> Iterator[ScaleGroup]:
-        """Folds worth trying, the likeliest first: the module that wrote the input, then earlier linears, latest first."""
+        """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first."""
         first = next(i for i, call in enumerate(self) if call.name == consumers[0])
         width = self[first].keep[0].shape[-1]
         for call in reversed(self[:first]):
@@ -168,7 +168,7 @@ def _trace(block: nn.Module, run: Run) -> _Trace:
 
 
 def _address(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]:

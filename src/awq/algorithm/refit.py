@@ -1,4 +1,4 @@
-"""Group scales refitted by least squares with the codes fixed: rounding moved the weights, so the best scale moved too."""
+"""Group scales refitted by least squares with the codes fixed: rounding moved the weights, and the best scale."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
     right = ((weight @ gram).view(out, groups, size) * grouped).sum(-1)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
-    return torch.linalg.solve_ex(normal, right)[0]
+    solution: Tensor = torch.linalg.solve_ex(normal, right)[0]
+    return solution
 
 
 def _row_errors(delta: Tensor, gram: Tensor) -> Tensor:

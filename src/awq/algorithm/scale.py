@@ -1,4 +1,4 @@
-"""The activation-aware scale: salient channels are multiplied before rounding and divided after (section 3.2 of the paper)."""
+"""The activation-aware scale: salient channels are multiplied before rounding, divided after (paper, section 3.2)."""
 
 from __future__ import annotations
 

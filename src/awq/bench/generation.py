@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +50,7 @@ class Clock:
     @property
     def steps(self) -> list[float]:
         """Seconds of each decode step, the tokens after the first."""
-        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -43,11 +43,10 @@ class Shape:
         return f"{self.out_features}x{self.in_features}"
 
 
-# The linears of Llama-2-7B on a GPU; on a CPU those of SmolLM2-135M.
-DEFAULT_SHAPES = {
-    "cuda": (Shape(4096, 4096), Shape(11008, 4096), Shape(4096, 11008)),
-    "cpu": (Shape(576, 576), Shape(1536, 576), Shape(576, 1536)),
-}
+def default_shapes(device: torch.device) -> tuple[Shape, ...]:
+    """The linears of Llama-2-7B on a GPU, those of SmolLM2-135M elsewhere."""
+    width, inner = (4096, 11008) if device.type == "cuda" else (576, 1536)
+    return Shape(width, width), Shape(inner, width), Shape(width, inner)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def bench_kernels(
         _check_group(shape, group_size)
     measured: list[KernelRow] = []
     refused: dict[str, str] = {}
-    with track("Timing kernels", len(shapes) * (len(KERNEL_VERSIONS) + 1), enabled=progress) as bar, torch.inference_mode():
+    steps = len(shapes) * (len(KERNEL_VERSIONS) + 1)
+    with track("Timing kernels", steps, enabled=progress) as bar, torch.inference_mode():
         for shape in shapes:
             for version, linear, kernel in _candidates(shape, group_size, outlier_ratio, device, dtype, refused):
                 for count in rows:

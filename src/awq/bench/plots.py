@@ -1,4 +1,4 @@
-"""The figures: perplexity of each recipe, salience of channels, latency by rows, loss by linear. PNG through matplotlib."""
+"""The figures, as PNG: perplexity of each recipe, salience of channels, latency by rows, loss by linear."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def plot_perplexity(path: Path, values: Mapping[str, tuple[float, float]], subti
         axes.plot([floor, value], [row, row], color=color, linewidth=3, alpha=0.25, solid_capstyle="round", zorder=2)
         axes.errorbar(value, row, xerr=error or None, color=color, marker="o", markersize=9, capsize=3, zorder=3)
         change = "" if label == baseline else f"   {100 * (value / floor - 1):+.1f} %"
-        axes.annotate(f"{value:.2f}{change}", (value, row), (0, 10), textcoords="offset points", ha="center", color=INK)
+        label_box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        place = {"xytext": (0, 11), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{value:.2f}{change}", (value, row), color=INK, bbox=label_box, **place)  # type: ignore[arg-type]
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.7)
     axes.margins(x=0.12)
@@ -62,7 +64,7 @@ def plot_salience(path: Path, salience: Salience, subtitle: str) -> None:
     title = f"{len(kept)} of {count} input channels of {salience.linear} stay in fp16"
     figure = _figure(9.6, 6.2, title, subtitle)
     panels = figure.subplots(2, 1, sharex=True)
-    labels = ("mean |x| of the channel", "expected output error\n" r"$G_{jj}\,\Vert\Delta W_j\Vert^2$")
+    labels = ("mean |x| of the channel", "expected output error\n$G_{jj}\\,\\Vert\\Delta W_j\\Vert^2$")
     rest = [channel for channel in range(count) if channel not in kept]
     for axes, values, label in zip(panels, (salience.mean_abs, salience.cost), labels, strict=True):
         _style(axes)
@@ -79,7 +81,7 @@ def plot_salience(path: Path, salience: Salience, subtitle: str) -> None:
             label="int4 and fp16 residual",
         )
         axes.set_ylabel(label)
-    panels[0].legend(loc="upper right", frameon=False, ncols=2, bbox_to_anchor=(1.0, 1.16), borderaxespad=0)
+    panels[0].legend(loc="upper right", frameon=False, ncols=2, bbox_to_anchor=(1.0, 1.13), borderaxespad=0)
     panels[1].set_xlabel("input channel")
     panels[1].set_xlim(-count * 0.01, count * 1.01)
     _save(figure, path)
@@ -105,7 +107,8 @@ def plot_losses(path: Path, linears: Mapping[str, Mapping[str, Any]], subtitle: 
     shown = dict(list(kinds.items())[:_MOST_PANELS])
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
-    figure = _figure(3.3 * columns + 0.6, 2.5 * lines + 1.3, "Output error of each linear on the calibration text", subtitle)
+    title = "Output error of each linear on the calibration text"
+    figure = _figure(3.3 * columns + 0.6, 2.5 * lines + 1.3, title, subtitle)
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, (kind, entries) in zip(grid.flat, shown.items(), strict=False):
         _loss_panel(axes, kind, entries)
@@ -155,9 +158,13 @@ def _kernel_panel(axes: Axes, rows: Sequence[KernelRow], shape: Shape, crossing:
 
 def _loss_panel(axes: Axes, kind: str, entries: Sequence[Mapping[str, Any]]) -> None:
     _style(axes)
-    series = (("loss_rounding", "plain rounding", ORANGE), ("loss", "AWQ", BLUE), ("loss_with_outliers", "AWQ + outliers", GREEN))
+    series = (
+        ("loss_rounding", "plain rounding", ORANGE),
+        ("loss", "AWQ", BLUE),
+        ("loss_with_outliers", "AWQ + fp16 channels", GREEN),
+    )
     for key, label, color in series:
-        values = [entry.get(key) for entry in entries]
+        values = [float(entry[key]) for entry in entries]
         axes.plot(range(len(values)), values, color=color, label=label, linewidth=1.4, marker="o", markersize=2.5)
     axes.set_yscale("log")
     axes.set_title(kind, fontsize=10, color=INK, loc="left")
@@ -169,15 +176,20 @@ def _kind(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name, count=1)
 
 
-def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
+def require_matplotlib() -> type[Figure]:
+    """MissingDependencyError where plots cannot be drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError("plots need matplotlib: run `pip install matplotlib`.") from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # type: ignore[union-attr]
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.012, 1 - 0.44 / height, subtitle, ha="left", va="top", fontsize=9, color=MUTED)
+    return Figure
+
+
+def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
+    figure = require_matplotlib()(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(rect=(0.06 / width, 0, 1 - 0.16 / width, 1 - 0.78 / height))  # type: ignore[union-attr,call-arg]
+    figure.text(0.12 / width, 1 - 0.14 / height, title, va="top", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.12 / width, 1 - 0.46 / height, subtitle, va="top", fontsize=9, color=MUTED)
     return figure
 
 

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -60,7 +61,7 @@ def _wall_seconds(call: Callable[[], object], count: int) -> list[float]:
     for _ in range(count):
         call()
         marks.append(time.perf_counter())
-    return [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(marks)]
 
 
 def _cuda_seconds(call: Callable[[], object], device: torch.device, count: int) -> list[float]:

@@ -193,12 +193,12 @@ def _check_outline(
     """The outline, of this dtype (None: any floating point) and this shape (None: any length)."""
     outline = files.outline(name)
     right_dtype = outline.dtype == dtype if dtype else outline.dtype.is_floating_point
-    if right_dtype and outline.dim() == len(size):
-        if all(want in (None, got) for want, got in zip(size, outline.shape, strict=True)):
-            return outline
-    raise CheckpointError(
-        f"{name} in {files.folder} is {outline.dtype} {list(outline.shape)}, which does not fit: copy it again."
-    )
+    right_size = outline.dim() == len(size) and all(a in (None, b) for a, b in zip(size, outline.shape, strict=True))
+    if not (right_dtype and right_size):
+        raise CheckpointError(
+            f"{name} in {files.folder} is {outline.dtype} {list(outline.shape)}, which does not fit: copy it again."
+        )
+    return outline
 
 
 def _check_finite(name: str, tensor: Tensor) -> Tensor:

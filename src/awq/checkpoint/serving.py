@@ -37,10 +37,11 @@ def _marlin_sentences(shapes: dict[str, StoredShape], quant: QuantConfig) -> lis
     refused = [name for name, shape in shapes.items() if not marlin_takes(shape, quant, 1)]
     if not refused:
         return []
-    return [
+    sentence = (
         f"{len(refused)} of {len(shapes)} linears, such as {_label(refused[0], shapes)}, may run on vLLM's slower AWQ "
         "kernel: Marlin wants in_features % 128 == 0, out_features % 64 == 0 and groups of 32, 64, 128 or -1."
-    ]
+    )
+    return [sentence]
 
 
 def _split_sentences(shapes: dict[str, StoredShape], quant: QuantConfig) -> list[str]:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from awq.checkpoint.files import REPORT_FILE
-from awq.checkpoint.output import check_output, staged
+from awq.checkpoint.output import check_output, finished_recipe, staged
 from awq.checkpoint.read import OUTLIER_FOLDER, index_fits, open_checkpoint
 from awq.checkpoint.serving import serving_warnings
 from awq.checkpoint.shards import READ_BACK, ShardWriter, parse_size, write_json
 from awq.config import QuantConfig
 from awq.errors import CheckpointError, ConfigError
 from awq.packing import Outliers, PackedInt4, StoredShape, stored_shape
+
+__all__ = ["NamedLinear", "Written", "check_output", "finished_recipe", "quantization_config", "write_checkpoint"]
 
 # name, weight, bias [out_features] or None, fp16 channels or None
 NamedLinear = tuple[str, PackedInt4, Tensor | None, Outliers | None]
@@ -77,7 +79,7 @@ def write_checkpoint(
         if verify != "none":
             open_checkpoint(stage)
         size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
-    return Written(target, size, tuple(serving_warnings(shapes, quant)))
+    return Written(target, size, (*_clashes(quant, shapes), *serving_warnings(shapes, quant)))
 
 
 def quantization_config(quant: QuantConfig) -> dict[str, Any]:
@@ -127,10 +129,16 @@ def _check_packed(name: str, packed: PackedInt4, quant: QuantConfig) -> StoredSh
     _finite(f"{name}.scales", packed.scales, tuple(packed.scales.shape))
     if not quant.zero_point and not (packed.qzeros == _SYMMETRIC_ZEROS).all():
         raise CheckpointError(f"{name} has zero points other than 8, but zero_point is False: store it with True.")
-    # Other engines look for these words anywhere in a name.
-    if clash := next((word for word in quant.modules_to_not_convert if word in name), None):
-        raise ConfigError(f"modules_to_not_convert holds {clash!r}, which also names the quantized {name}: be exact.")
     return shape
+
+
+def _clashes(quant: QuantConfig, names: Iterable[str]) -> list[str]:
+    """Other engines look for the words of modules_to_not_convert anywhere in a name."""
+    clashes = ((word, name) for name in names for word in quant.modules_to_not_convert if word in name)
+    return [
+        f"modules_to_not_convert holds {word!r}, which is also in the quantized {name}: vLLM will not load that one."
+        for word, name in list(clashes)[:1]
+    ]
 
 
 def _finite(name: str, tensor: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -85,16 +85,16 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
 
 def _read_parquet(path: Path, text_column: str) -> list[str]:
     try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise MissingDependencyError(f"reading {path} needs pyarrow: run `pip install pyarrow`.") from None
     try:
-        file = parquet.ParquetFile(path)
+        file = ParquetFile(path)
         if text_column not in file.schema_arrow.names:
             raise _missing_column(text_column, path, file.schema_arrow.names)
         rows = file.read(columns=[text_column]).to_pylist()
-    except (arrow.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise CalibrationError(f"{path} cannot be read as parquet: {_first_line(error)}") from None
     return _column(rows, text_column, path)
 

@@ -22,7 +22,7 @@ def sample_tokens(model: nn.Module, count: int, length: int, seed: int = 0) -> l
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(embedding.num_embeddings, (count, 1), generator=generator)
     sampler = torch.Generator(embedding.weight.device).manual_seed(seed)
-    batches = first.to(embedding.weight.device).split(_BATCH)
+    batches = torch.split(first.to(embedding.weight.device), _BATCH)
     return [row for batch in batches for row in _continue(model, batch, length, sampler).tolist()]
 
 

@@ -54,9 +54,7 @@ def compare(
     Only one window's logits of each model are held at a time. Windows and `fast` are as in `perplexity`.
     ConfigError where the two vocabularies differ.
     """
-    windows = min(
-        (token_windows(one, ids, window, max_windows) for one in (model, reference)), key=lambda part: len(part[0])
-    )
+    windows = token_windows(ids, window, max_windows, model, reference)
     with inference(model, reference, fast=fast):
         sums = torch.tensor([_compare_window(model, reference, tokens) for tokens in windows], dtype=torch.float64)
     kl, same, nll, reference_nll = sums.t().tolist()
@@ -81,13 +79,14 @@ def _compare_window(model: nn.Module, reference: nn.Module, tokens: Tensor) -> l
         )
     total = torch.zeros(4, dtype=torch.float64)
     for q, p, targets in row_chunks(logits, expected, tokens[1:].to(logits.device)):
-        total += _compare_rows(q, p.to(q.device), targets).cpu()
+        total += _compare_rows(q, p.to(q.device), targets)
     return total.tolist()
 
 
 def _compare_rows(logits: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+    """The four sums, float64 [4] on the CPU (not every GPU has float64), for logits [n, vocabulary]."""
     q, p = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
     kl = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
     same = logits.argmax(-1) == expected.argmax(-1)
     nll = [-log.gather(1, targets[:, None]).squeeze(1) for log in (q, p)]
-    return torch.stack([part.double().sum() for part in (kl, same, *nll)])
+    return torch.stack([part.cpu().double().sum() for part in (kl, same, *nll)])

@@ -30,7 +30,7 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        return math.exp(self.log) if self.log < 700 else math.inf
+        return math.inf if self.log > 700 else math.exp(self.log)
 
     @property
     def log(self) -> float:
@@ -67,7 +67,7 @@ def perplexity(
     fast:        see `inference`
     """
     nll: list[float] = []
-    windows = token_windows(model, ids, window, max_windows)
+    windows = token_windows(ids, window, max_windows, model)
     with inference(model, fast=fast):
         for group in _batches(windows, batch):
             logits = next_token_logits(model, group)
@@ -93,16 +93,16 @@ def weighted_mean(values: Sequence[float], weights: Sequence[int]) -> PairedDiff
     return PairedDifference(mean, math.sqrt(spread * count / (count - 1)))
 
 
-def token_windows(model: nn.Module, ids: Tensor, window: int, max_windows: int | None) -> list[Tensor]:
-    """`ids` in windows that fit the model; ConfigError where they hold no target or a token it does not know."""
-    config: Any = model.config
-    window = min(window, getattr(config.get_text_config(), "max_position_embeddings", None) or window)
+def token_windows(ids: Tensor, window: int, max_windows: int | None, *models: nn.Module) -> list[Tensor]:
+    """`ids` in windows that fit all models; ConfigError where they hold no target or a token that one does not know."""
+    window = min(window, *(_max_positions(model) or window for model in models))
     if window < 2 or ids.ndim != 1 or len(ids) < 2:
-        raise ConfigError(f"perplexity needs at least 2 tokens in one row, not {list(ids.shape)} in windows of {window}.")
-    windows = [tokens for tokens in ids.split(window) if len(tokens) > 1][:max_windows]
-    known = _embedding(model).num_embeddings
+        shape = list(ids.shape)
+        raise ConfigError(f"perplexity needs at least 2 tokens in one row, not {shape} in windows of {window}.")
+    windows = [tokens for tokens in torch.split(ids, window) if len(tokens) > 1][:max_windows]
+    known = min(_embedding(model).num_embeddings for model in models)
     if not windows or max(int(tokens.max()) for tokens in windows) >= known:
-        raise ConfigError(f"the text holds a token beyond the model's vocabulary of {known}: use the model's tokenizer.")
+        raise ConfigError(f"the text holds a token beyond the model's {known}: tokenize it with the model's tokenizer.")
     return windows
 
 
@@ -137,14 +137,14 @@ def inference(*models: nn.Module, fast: bool = False) -> Iterator[None]:
 
 def row_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors with the same first dimension, some positions at a time."""
-    return zip(*(tensor.split(_ROWS) for tensor in tensors), strict=True)
+    return zip(*(torch.split(tensor, _ROWS) for tensor in tensors), strict=True)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:
     """Summed negative log-likelihood of targets [n] under logits [n, vocabulary]."""
     parts = row_chunks(logits, targets.to(logits.device))
     return sum(
-        functional.cross_entropy(rows.float(), row_targets, reduction="none").double().sum().item()
+        functional.cross_entropy(rows.float(), row_targets, reduction="none").cpu().double().sum().item()
         for rows, row_targets in parts
     )
 
@@ -156,6 +156,11 @@ def _batches(windows: Sequence[Tensor], size: int) -> Iterator[Sequence[Tensor]]
         yield full[start : start + size]
     if len(full) < len(windows):
         yield windows[len(full) :]
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _embedding(model: nn.Module) -> nn.Embedding:

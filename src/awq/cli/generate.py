@@ -1,0 +1,92 @@
+"""`awq generate`: answer one prompt with a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from awq.cli import options
+from awq.cli.output import print_json, say
+from awq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from awq.bench.generation import Clock
+
+
+def generate(
+    checkpoint: options.Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer or to continue.")],
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this share.")] = 1.0,
+    seed: options.Seed = 0,
+    version: options.Version = None,
+    kernel: Annotated[str | None, typer.Option(help="One backend by name, for bug reports.")] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Answer one prompt with a quantized model."""
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} is out of range: use more than 0 and at most 1.")
+    target = options.torch_device(device)
+    import torch
+    from transformers import TextStreamer
+
+    from awq.bench.generation import Clock
+    from awq.load import load_quantized
+
+    tokenizer = options.load_tokenizer(checkpoint)
+    model = load_quantized(checkpoint, version=version, kernel=kernel, device=target)
+    inputs = encode(tokenizer, prompt, raw).to(model.device)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    clock = Clock(None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    with torch.inference_mode():
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    figures = _figures(clock, prompt_tokens, output.shape[1] - prompt_tokens)
+    if as_json:
+        text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
+        print_json({"prompt": prompt, "text": text, **figures, "kernels": kernels_in_use(model)})
+    else:
+        say(_line(figures))
+
+
+def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    """The prompt as a batch of one: through the chat template where there is one and not `raw`."""
+    if raw or not tokenizer.chat_template:
+        encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    if encoded["input_ids"].shape[1] == 0:
+        raise ConfigError("the prompt holds no token: give some text to continue.")
+    return encoded
+
+
+def kernels_in_use(model: Any) -> dict[str, int]:
+    """How many linears run on each kernel."""
+    from awq.linear import QuantLinear
+
+    choices = (module.choice for module in model.modules() if isinstance(module, QuantLinear))
+    return dict(Counter(choice.kernel.name for choice in choices))
+
+
+def _figures(clock: Clock, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "ttft_ms": 1e3 * clock.first,
+        "tokens_per_second": clock.tokens_per_second,
+    }
+
+
+def _line(figures: dict[str, Any]) -> str:
+    speed = figures["tokens_per_second"]
+    rate = f", then {speed:.1f} tokens/s" if speed else ""
+    return f"{figures['new_tokens']} tokens, the first after {figures['ttft_ms']:.0f} ms{rate}."

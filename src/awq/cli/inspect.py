@@ -1,0 +1,102 @@
+"""`awq inspect`: what a checkpoint holds, linear by linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awq.cli import options
+from awq.cli.output import format_bytes, print_facts, print_json, print_table
+from awq.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from awq.checkpoint.read import Checkpoint
+
+LOSSES = {"loss_rounding": "plain rounding", "loss": "AWQ", "loss_with_outliers": "AWQ + fp16 channels"}
+
+
+def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: options.Json = False) -> None:
+    """Show a checkpoint: settings, and each linear's loss."""
+    from awq.checkpoint.read import open_checkpoint
+    from awq.source import find_folder
+
+    opened = open_checkpoint(find_folder(checkpoint))
+    report = opened.report or {}
+    linears = {name: _describe(opened, name, report) for name in opened.linears}
+    if plot:
+        _plot(plot, opened, report)
+    facts = _facts(opened, report)
+    if as_json:
+        print_json({**facts, "linears": linears, "not_converted": report.get("not_converted", {})})
+        return
+    print_facts(str(opened.path), facts | {"size_bytes": format_bytes(facts["size_bytes"])})
+    columns = ("linear", "N x K", "bits", "group", "scaled by", "fp16 channels", *LOSSES.values(), "fallback")
+    title = "Linears; losses are the output error on the calibration text over the output's power"
+    print_table(title, columns, (_row(linears[name]) for name in sorted(linears, key=_in_order)))
+
+
+def summarize(report: dict[str, Any]) -> dict[str, Any]:
+    """Totals over the linears of a report; losses are means."""
+    linears = list(report["linears"].values())
+    count = max(len(linears), 1)
+    return {
+        "linears": len(linears),
+        "scaled": sum(linear["scaled_by"] is not None for linear in linears),
+        "fp16_channels": sum(linear["outliers"] for linear in linears),
+        "fallbacks": sum(linear["fallback"] is not None for linear in linears),
+        **{f"mean_{key}": sum(linear[key] for linear in linears) / count for key in LOSSES},
+    }
+
+
+def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
+    files = [file for file in opened.path.rglob("*") if file.is_file()]
+    return {
+        "architecture": (opened.config.get("architectures") or [None])[0],
+        "bits": opened.quant.bits,
+        "group_size": opened.quant.group_size,
+        "zero_point": opened.quant.zero_point,
+        "layout": opened.quant.layout,
+        "size_bytes": sum(file.stat().st_size for file in files),
+        **_recipe(report),
+        **(summarize(report) if report else {"linears": len(opened.linears)}),
+    }
+
+
+def _recipe(report: dict[str, Any]) -> dict[str, Any]:
+    recipe = report.get("recipe", {})
+    sources = recipe.get("calibration", {}).get("sources", [])
+    config = recipe.get("config", {})
+    known = {"calibration": "; ".join(sources), "outlier_ratio": config.get("outlier_ratio")}
+    return known if report else {}
+
+
+def _describe(opened: Checkpoint, name: str, report: dict[str, Any]) -> dict[str, Any]:
+    shape = opened.shape(name)
+    known = report.get("linears", {}).get(name, {})
+    return {
+        "name": name,
+        "out_features": shape.out_features,
+        "in_features": shape.in_features,
+        "bits": opened.quant.bits,
+        "group_size": shape.group_size,
+        **{key: known.get(key) for key in ("scaled_by", "outliers", *LOSSES, "fallback")},
+    }
+
+
+def _in_order(name: str) -> list[tuple[bool, int, str]]:
+    """Layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _row(linear: dict[str, Any]) -> tuple[object, ...]:
+    shape = f"{linear['out_features']} x {linear['in_features']}"
+    keys = ("bits", "group_size", "scaled_by", "outliers", *LOSSES, "fallback")
+    return linear["name"], shape, *(linear[key] for key in keys)
+
+
+def _plot(path: Path, opened: Checkpoint, report: dict[str, Any]) -> None:
+    if not report:
+        raise CheckpointError(f"{opened.path} has no awq_report.json to plot: another tool wrote it; quantize it here.")
+    from awq.bench.plots import plot_losses
+
+    plot_losses(path, report["linears"], f"{opened.path.name}, W{opened.quant.bits} group {opened.quant.group_size}")

@@ -1,0 +1,198 @@
+"""`awq eval` and `awq bench`: how good a checkpoint is, and how fast a model or one linear runs here."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from awq.cli import options
+from awq.cli.output import format_bytes, print_facts, print_json, print_table, say
+from awq.config import KERNEL_VERSIONS
+from awq.errors import KernelNotSupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from awq.bench.generation import Latency
+    from awq.bench.kernels import KernelBench
+    from awq.evaluate import Agreement
+
+AUTO = "auto"
+BUILT_IN_TEXT = "built-in evaluation prose"
+Reference = Annotated[str | None, typer.Option(help="The float model: a folder, a .gguf file or a hub id.")]
+
+bench = typer.Typer(help="Measure latency on this machine: a model, or one linear.", rich_markup_mode=None)
+
+
+def evaluate(
+    checkpoint: options.Checkpoint,
+    reference: Reference = None,
+    text: Annotated[str | None, typer.Option(help="A text, jsonl or parquet file.", show_default=BUILT_IN_TEXT)] = None,
+    without_outliers: Annotated[
+        bool, typer.Option("--without-outliers", help="The int4 weights alone, as other engines run them.")
+    ] = False,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows.")] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure perplexity, and agreement with the float model."""
+    target = options.torch_device(device)
+    from awq.evaluate import compare, evaluation_tokens, perplexity
+    from awq.load import load_dequantized
+
+    source = None
+    if reference:
+        from awq.source import find_source
+
+        source = find_source(reference)
+    ids = evaluation_tokens(options.load_tokenizer(checkpoint), text)
+    model = load_dequantized(checkpoint, outliers=not without_outliers).to(target)
+    result: dict[str, Any] = {"model": checkpoint, "outliers": not without_outliers, "text": text or BUILT_IN_TEXT}
+    if source is None:
+        measured = perplexity(model, ids, window, max_windows)
+        result |= {"perplexity": measured.value, "tokens": measured.tokens, "windows": len(measured.nll)}
+    else:
+        float_model: Any = source.load(dtype=model.dtype)
+        result |= _agreement(compare(model, float_model.to(target), ids, window, max_windows), source.name)
+    if as_json:
+        print_json(result)
+    else:
+        print_facts("Evaluation", result)
+
+
+def _agreement(found: Agreement, reference: str) -> dict[str, Any]:
+    difference = found.difference
+    return {
+        "perplexity": found.perplexity.value,
+        "tokens": found.perplexity.tokens,
+        "windows": len(found.perplexity.nll),
+        "reference": reference,
+        "reference_perplexity": found.reference_perplexity.value,
+        "perplexity_increase_percent": 100 * math.expm1(difference.mean),
+        "perplexity_increase_error_percent": 100 * difference.error,
+        "kl_nats": found.kl,
+        "kl_error_nats": found.kl_error,
+        "top1_agreement": found.top1,
+    }
+
+
+@bench.command("model")
+def bench_model(
+    checkpoint: options.Checkpoint,
+    reference: Reference = None,
+    version: Annotated[
+        list[str] | None, typer.Option(help="auto, GEMV or GEMM; repeatable.", show_default="all three")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Queries a version.")] = 3,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Measure single-query latency of a model for each kernel version."""
+    target = options.torch_device(device)
+    from awq.bench.report import machine_facts
+    from awq.kernels import pinned_version
+
+    versions = [pinned_version(word) or AUTO for word in version or (AUTO, *KERNEL_VERSIONS)]
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "seed": seed}
+    rows, refused = bench_versions(checkpoint, versions, target, reference=reference, **settings)
+    machine = machine_facts(target)
+    if as_json:
+        print_json({"machine": machine, "model": checkpoint, "rows": rows, "refused": refused})
+        return
+    for label, reason in refused.items():
+        say(f"{label}: {reason}")
+    title = f"One query of {prompt_tokens} + {new_tokens} tokens on {machine['device']}, torch {machine['torch']}"
+    print_table(title, LATENCY_COLUMNS, map(latency_cells, rows))
+
+
+LATENCY_COLUMNS = ("version", "TTFT [ms]", "ms/token p50", "p90", "p99", "tokens/s", "weights", "peak memory")
+
+
+def latency_cells(row: Latency) -> tuple[object, ...]:
+    times = (row.ttft_ms, row.token_ms_p50, row.token_ms_p90, row.token_ms_p99, row.tokens_per_second)
+    return row.label, *times, format_bytes(row.weight_bytes), format_bytes(row.peak_bytes)
+
+
+def bench_versions(
+    checkpoint: str | Path, versions: Sequence[str], device: torch.device, reference: str | Path | None, **settings: int
+) -> tuple[list[Latency], dict[str, str]]:
+    """A row for each version that runs here and one for the float model; and why the others do not run."""
+    from awq.bench.generation import measure_generation
+    from awq.load import load_quantized
+    from awq.source import find_source
+
+    source = find_source(reference) if reference else None
+    rows: list[Latency] = []
+    refused: dict[str, str] = {}
+    for version in versions:
+        try:
+            model = load_quantized(checkpoint, version=version, device=device)
+        except KernelNotSupportedError as error:
+            refused[version] = str(error)
+            continue
+        dtype = model.dtype
+        rows.append(measure_generation(model, version, **settings))
+        del model
+        gc.collect()
+    if source and rows:
+        float_model: Any = source.load(dtype=dtype)
+        label = f"float ({str(dtype).removeprefix('torch.')})"
+        rows.append(measure_generation(float_model.to(device), label, **settings))
+    return rows, refused
+
+
+@bench.command("kernels")
+def bench_kernels(
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Output x input features; repeatable.", show_default="3")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeatable.", show_default="1-256")] = None,
+    group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 64,
+    outlier_ratio: Annotated[float, typer.Option(min=0, max=0.05, help="Share of channels kept in fp16.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Time spent on each figure.")] = 0.2,
+    device: options.Device = "auto",
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows into this CSV file.")] = None,
+    plot: options.Plot = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure one linear by rows for both kernel versions, and where GEMM overtakes GEMV."""
+    target = options.torch_device(device)
+    from awq.bench import kernels
+    from awq.bench.report import machine_facts, to_csv
+
+    shapes = [kernels.Shape.parse(text) for text in shape or ()] or kernels.default_shapes(target)
+    counts = tuple(rows or kernels.ROWS)
+    settings = {"group_size": group_size, "outlier_ratio": outlier_ratio, "seconds": seconds}
+    found = kernels.bench_kernels(shapes, target, rows=counts, **settings)  # type: ignore[arg-type]
+    machine = machine_facts(target)
+    if csv:
+        csv.write_text(to_csv([asdict(row) | machine for row in found.rows]), encoding="utf-8")
+    if plot:
+        from awq.bench.plots import plot_kernels
+
+        plot_kernels(plot, found, f"{machine['device']}, torch {machine['torch']}")
+    if as_json:
+        print_json({"machine": machine, **found.to_dict()})
+    else:
+        _show_kernels(found, machine)
+
+
+def _show_kernels(found: KernelBench, machine: dict[str, Any]) -> None:
+    for version, reason in found.refused.items():
+        say(f"{version}: {reason}")
+    columns = ("N x K", "rows", "version", "kernel", "median [µs]", "p10", "p90")
+    cells = ((r.shape, r.rows, r.version, r.kernel, r.median_us, r.p10_us, r.p90_us) for r in found.rows)
+    print_table(f"One linear on {machine['device']}, torch {machine['torch']}", columns, cells)
+    for shape, crossing in found.crossovers.items():
+        verdict = f"GEMM is faster from {crossing} rows on" if crossing else "GEMM is not faster at any number of rows"
+        typer.echo(f"{shape}: {verdict}.")

@@ -1,0 +1,52 @@
+"""Options that several commands share, and what they all do before they load a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
+Device = Annotated[str, typer.Option(help="auto (the first CUDA GPU, else the CPU), cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
+Version = Annotated[str | None, typer.Option(help="Pin the kernel version, GEMM or GEMV; else chosen per call.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder or a hub id.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
+
+
+def quiet_libraries() -> None:
+    """No progress bars and notices of other libraries beside ours; to be called before they are imported."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def torch_device(word: str) -> torch.device:
+    """The device that a word means; ConfigError for an unknown or absent one."""
+    quiet_libraries()
+    from awq.source import pick_device
+
+    return pick_device(word)
+
+
+def load_tokenizer(folder: str, revision: str | None = None) -> Any:
+    """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
+    from transformers import AutoTokenizer
+
+    from awq.errors import CheckpointError
+    from awq.source import find_folder
+
+    path = find_folder(folder, revision=revision)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error

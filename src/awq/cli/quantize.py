@@ -1,0 +1,114 @@
+"""`awq quantize`: a float model and calibration text to a checkpoint."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from awq.cli import options
+from awq.cli.inspect import summarize
+from awq.cli.output import format_bytes, print_facts, print_json, say
+from awq.config import MAX_OUTLIER_RATIO, QuantConfig
+from awq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from awq.recipe import Finished
+
+DEFAULTS = QuantConfig()
+
+
+class Verify(StrEnum):
+    NONE = "none"
+    QUICK = "quick"
+    FULL = "full"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The float model: a folder, a .gguf file or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    bits: Annotated[int, typer.Option(help="Bits a weight; only 4 can be stored.")] = DEFAULTS.bits,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Input channels that share a scale: 16, 32, 64, 128, -1 (all).", show_default="128, 64, 32"),
+    ] = DEFAULTS.group_size,
+    zero_point: Annotated[
+        bool, typer.Option("--zero-point/--symmetric", help="Codes with a zero point, or symmetric around 8.")
+    ] = DEFAULTS.zero_point,
+    version: Annotated[
+        str, typer.Option(help="Kernel version to note in the checkpoint: GEMM or GEMV; pins nothing.")
+    ] = DEFAULTS.version,
+    outlier_ratio: Annotated[
+        float, typer.Option(help=f"Share of input channels kept in fp16, 0 (off) to {MAX_OUTLIER_RATIO}.")
+    ] = DEFAULTS.outlier_ratio,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Part of the name of linears that stay float; repeatable.")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="prose, code, self, a text, jsonl or parquet file, or a hub data set; repeatable.",
+            show_default="prose and code",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Blocks of calibration text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens a block.")] = 512,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    verify: Annotated[Verify, typer.Option(help="Read back after writing: one linear, all or none.")] = Verify.QUICK,
+    as_json: options.Json = False,
+) -> None:
+    """Quantize a model to 4 bits and write a checkpoint."""
+    config = QuantConfig(
+        bits=bits,
+        group_size=group_size,
+        zero_point=zero_point,
+        version=version,
+        outlier_ratio=outlier_ratio,
+        modules_to_not_convert=tuple(modules_to_not_convert or ()),
+    )
+    if bits != DEFAULTS.bits:
+        raise ConfigError(f"bits={bits} cannot be stored: use 4; other widths can only be evaluated in Python.")
+    options.quiet_libraries()
+    from awq.recipe import quantize_folder
+
+    finished = quantize_folder(
+        model,
+        output,
+        config,
+        calibration=tuple(calibration or ()),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        verify=verify.value,
+    )
+    _show(finished, as_json)
+
+
+def _show(finished: Finished, as_json: bool) -> None:
+    for warning in finished.warnings:
+        say(f"warning: {warning}")
+    summary = summarize(finished.report)
+    if as_json:
+        print_json(
+            {
+                "path": finished.path,
+                "size_bytes": finished.size_bytes,
+                "already_complete": finished.already_complete,
+                "warnings": finished.warnings,
+                "recipe": finished.report["recipe"],
+                "summary": summary,
+            }
+        )
+        return
+    title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
+    print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary})

@@ -1,0 +1,30 @@
+"""Dequantize and multiply with torch's own operators: any device that torch knows, no code of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awq.config import KERNEL_VERSIONS
+from awq.hardware import Device
+from awq.kernels.base import GEMV_ROWS, LinearSpec, Weights, dequantize_and_multiply, packed_weights
+from awq.packing import Outliers, PackedInt4
+
+_HOW = dict.fromkeys(KERNEL_VERSIONS, "torch's own operators, dequantizing and then multiplying")
+
+
+class Portable:
+    name = "portable"
+    versions = _HOW
+    gemv_rows = GEMV_ROWS
+
+    def rejects(self, spec: LinearSpec, device: Device) -> str | None:
+        return None
+
+    def prepare(self, packed: PackedInt4, outliers: Outliers | None, device: torch.device) -> dict[str, Tensor]:
+        return packed_weights(packed.to(device), outliers and outliers.to(device))
+
+    def __call__(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
+        # CPUs multiply bf16 several times faster than fp16.
+        slow = x.dtype == torch.float16 and x.device.type == "cpu"
+        return dequantize_and_multiply(x, weights, torch.bfloat16 if slow else x.dtype).to(x.dtype)

@@ -1,0 +1,95 @@
+"""What will be quantized and what not, decided from shapes alone, before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from awq.algorithm.blocks import find_blocks
+from awq.config import QuantConfig
+from awq.errors import ConfigError
+
+DEFAULT_GROUP_SIZES = (128, 64, 32)
+# A linear that no format can hold stays float where it is this small, such as a shared expert's gate.
+SMALL_LINEAR = 1 << 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings with the group size resolved, and which linears they apply to.
+
+    blocks:        name of the list of blocks
+    linears:       full names of the linears to quantize
+    not_converted: full names of all others, with the reason
+    notes:         what was decided for the user, a sentence each
+    """
+
+    config: QuantConfig
+    blocks: str
+    linears: tuple[str, ...]
+    not_converted: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
+    """The plan for `model`, which may be on the meta device; ConfigError where it cannot be quantized as asked."""
+    blocks, _ = find_blocks(model)
+    wanted: dict[str, nn.Linear] = {}
+    not_converted: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason = _keep_float(name, module, blocks, config)
+            if reason is None:
+                wanted[name] = module
+            else:
+                not_converted[name] = reason
+    if not wanted:
+        raise ConfigError("nothing is left to quantize: modules_to_not_convert excludes every linear of the blocks.")
+    config, notes = _resolve_group_size(wanted, config)
+    _check_shapes(wanted, config)
+    return Plan(config, blocks, tuple(wanted), not_converted, notes)
+
+
+def _keep_float(name: str, module: nn.Linear, blocks: str, config: QuantConfig) -> str | None:
+    if not name.startswith(blocks + "."):
+        return "outside the blocks"
+    if any(part in name for part in config.modules_to_not_convert):
+        return "asked by modules_to_not_convert"
+    if module.out_features % 8 and module.weight.numel() < SMALL_LINEAR:
+        return f"out_features {module.out_features} is not a multiple of 8"
+    return None
+
+
+def _resolve_group_size(linears: dict[str, nn.Linear], config: QuantConfig) -> tuple[QuantConfig, tuple[str, ...]]:
+    if config.group_size is not None:
+        return config, ()
+    default = DEFAULT_GROUP_SIZES[0]
+    misfit = next((name for name, module in linears.items() if module.in_features % default), None)
+    if misfit is None:
+        return config.with_group_size(default), ()
+    blame = f"{default} does not divide the {linears[misfit].in_features} inputs of {misfit}"
+    size = next((s for s in DEFAULT_GROUP_SIZES[1:] if not _misfits(linears, s)), None)
+    if size is None:
+        raise ConfigError(f"{blame}, nor does 64 or 32: give a group size (16 or -1), or exclude such linears.")
+    return config.with_group_size(size), (f"Group size {size}: {blame}.",)
+
+
+def _check_shapes(linears: dict[str, nn.Linear], config: QuantConfig) -> None:
+    size = config.group_size or -1
+    for name in _misfits(linears, size):
+        fitting = [s for s in (*DEFAULT_GROUP_SIZES, 16) if not _misfits(linears, s)]
+        raise ConfigError(
+            f"group size {size} does not divide the {linears[name].in_features} inputs of {name}: "
+            f"use {', '.join(map(str, fitting))}{' or ' if fitting else ''}-1 (one group a row)."
+        )
+    for name, module in linears.items():
+        if module.out_features % 8:
+            raise ConfigError(
+                f"{name} has {module.out_features} outputs, which words of eight 4-bit codes cannot hold: "
+                "list it in modules_to_not_convert."
+            )
+
+
+def _misfits(linears: dict[str, nn.Linear], size: int) -> list[str]:
+    return [name for name, module in linears.items() if size != -1 and module.in_features % size]

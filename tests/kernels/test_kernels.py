@@ -1,0 +1,217 @@
+"""Every kernel against the plain formula in float64, over ugly shapes, dtypes, strides and values."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from awq.config import KERNEL_VERSIONS
+from awq.hardware import describe
+from awq.kernels import KERNELS, Kernel, LinearSpec, cpu
+from awq.packing import PackedInt4, pack
+from tests.kernels.plain import CPU, plain, random_outliers, random_packed, run, spec_of, worst_row
+
+ROWS = (1, 2, 7, 8, 9, 17, 33, 65)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GROUPS = (-1, 16, 32, 64, 128)
+
+
+def tolerance(kernel: Kernel, dtype: torch.dtype, out_features: int) -> float:
+    """Relative to the norm of a row's terms.
+
+    Rounding x, a scale, a weight and y to bf16 costs 2^-9 / sqrt(3) = 1.1e-3 each in the root mean square, 4e-3 with y
+    larger than its terms and rounded twice; to fp16 an eighth. The norm of n such errors has a standard deviation of
+    1 / sqrt(2n): five of them are allowed. float32 adds up 1e-7s.
+    """
+    if dtype == torch.float32 and kernel.name != "cpu":
+        return 1e-5
+    rounding = 5e-4 if dtype == torch.float16 and kernel.name == "reference" else 4e-3
+    return rounding * (1 + 5 / (2 * out_features) ** 0.5)
+
+
+def skip_if_rejected(kernel: Kernel, packed: PackedInt4) -> None:
+    reason = kernel.rejects(spec_of(packed), describe("cpu"))
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    return request.param
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_against_the_formula(kernel: Kernel, group_size: int, zero_point: bool, count: int) -> None:
+    unit = 96 if group_size == -1 else group_size
+    for out_features, in_features in ((8, unit), (24, 3 * unit), (200, 5 * unit)):
+        packed = random_packed(out_features, in_features, group_size, zero_point=zero_point)
+        skip_if_rejected(kernel, packed)
+        outliers = random_outliers(packed, count) if count else None
+        weights, spec = kernel.prepare(packed, outliers, CPU), spec_of(packed, outliers)
+        for dtype, version in itertools.product(DTYPES, kernel.versions):
+            for rows in ROWS:
+                x = torch.randn(rows, in_features).to(dtype)
+                y = kernel(x, weights, spec, version)
+                assert y.dtype == dtype and y.shape == (rows, out_features)
+                assert worst_row(y, x, packed, outliers) < tolerance(kernel, dtype), (
+                    out_features,
+                    rows,
+                    dtype,
+                    version,
+                )
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+@pytest.mark.parametrize("group_size", [80, 48])
+def test_a_channel_wide_group_of_any_width(kernel: Kernel, group_size: int, version: str) -> None:
+    packed = random_packed(16, group_size, -1)
+    skip_if_rejected(kernel, packed)
+    x = torch.randn(3, group_size)
+    assert worst_row(run(kernel, x, packed, None, version), x, packed) < tolerance(kernel, torch.float32, 16)
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_input(kernel: Kernel, dtype: torch.dtype, version: str) -> None:
+    packed = random_packed(40, 64, 32)
+    wide = torch.randn(5, 200).to(dtype)
+    for x in (wide[:, 8:72], wide[:, 1:129:2], wide.t()[3:67].t(), wide[::2, :64], wide[:1, :64].expand(4, 64)):
+        assert torch.equal(run(kernel, x, packed, None, version), run(kernel, x.contiguous(), packed, None, version))
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_row_spoils_itself_alone(kernel: Kernel, value: float, version: str) -> None:
+    packed = random_packed(24, 64, 32)
+    outliers = random_outliers(packed, 2)
+    x = torch.randn(9, 64)
+    good = run(kernel, x, packed, outliers, version)
+    x[3, 5] = value
+    y = run(kernel, x, packed, outliers, version)
+    others = [row for row in range(9) if row != 3]
+    assert not y[3].isfinite().any()
+    assert torch.equal(y[others], good[others])
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+def test_the_same_bits_on_every_run(kernel: Kernel, version: str) -> None:
+    packed = random_packed(200, 256, 64)
+    x = torch.randn(17, 256)
+    outliers = random_outliers(packed, 3)
+    assert torch.equal(run(kernel, x, packed, outliers, version), run(kernel, x, packed, outliers, version))
+
+
+def with_zero_channel(packed: PackedInt4, channel: int) -> PackedInt4:
+    """The weights of one input channel made exactly zero: its codes are the zero points."""
+    codes, zeros = packed.codes(), packed.zeros()
+    codes[:, channel] = zeros[:, channel // packed.group_size]
+    return pack(codes, zeros, packed.scales.t())
+
+
+def huge_channel(rows: int, in_features: int, channel: int) -> Tensor:
+    x = torch.randn(rows, in_features)
+    x[:, channel] = 1000
+    return x
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_huge_channel_over_zero_weights(kernel: Kernel, zero_point: bool, kept: bool, version: str) -> None:
+    """Its x must not drown the others: exactly zero where symmetric, and where the channel is kept in fp16."""
+    packed = with_zero_channel(random_packed(64, 256, 64, zero_point=zero_point), 70)
+    outliers = random_outliers(packed, 1) if kept else None
+    if outliers is not None:
+        outliers.index[0] = 70
+        outliers.residual.zero_()
+    x = huge_channel(5, 256, 70)
+    error = run(kernel, x, packed, outliers, version).double() - plain(x, packed, outliers)
+    others = plain(x, packed, outliers).norm() / 5**0.5
+    if kernel.name == "cpu" and zero_point and not kept:
+        # bf16 cannot hold (8 - z) * scale: up to 7 * 2^-9 of a step is left of a zero weight, see the module
+        assert error.abs().max() < 1000 * packed.scales.max() / 70 + 6e-3 * others
+    elif kernel.name == "cpu" and zero_point:
+        # what the residual, itself bf16, takes back: 2^-9 of 1/70 of a step, and y is rounded before it is added
+        assert error.abs().max() < 1000 * packed.scales.max() / 70 / 100 + 6e-3 * others
+    else:
+        assert error.norm() / 5**0.5 < tolerance(kernel, torch.float32, 64) * others
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+def test_kept_channels_are_exact_in_spite_of_bf16_scales(kernel: Kernel, version: str) -> None:
+    """x in the kept channels is 1000 times the rest, as in real models: what counts is their precision."""
+    packed = random_packed(64, 256, 64)
+    outliers = random_outliers(packed, 4)
+    x = torch.randn(9, 256)
+    x[:, outliers.index.long()] *= 1000
+    assert worst_row(run(kernel, x, packed, outliers, version), x, packed, outliers) < tolerance(kernel, x.dtype, 64)
+
+
+def test_cpu_versions_serve_the_same_weights_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_packed(328, 96, 32)
+    skip_if_rejected(KERNELS[0], packed)
+    x = torch.randn(19, 96)
+    whole = run(cpu.CpuInt4(), x, packed, None, "GEMM")
+    monkeypatch.setattr(cpu, "_CHUNK", 96 * 130)
+    assert torch.equal(run(cpu.CpuInt4(), x, packed, None, "GEMM"), whole)
+    assert worst_row(run(cpu.CpuInt4(), x, packed, None, "GEMV"), x, packed) < 6e-3
+
+
+def test_cpu_weights_are_stored_once() -> None:
+    packed = random_packed(256, 512, 128)
+    skip_if_rejected(KERNELS[0], packed)
+    weights = cpu.CpuInt4().prepare(packed, None, CPU)
+    assert sum(tensor.nbytes for tensor in weights.values()) <= 1.1 * packed.nbytes
+
+
+def test_cpu_rejects_what_torch_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LinearSpec(64, 64, 16)
+    assert "16" in (cpu.CpuInt4().rejects(spec, describe("cpu")) or "")
+    monkeypatch.setattr(cpu, "_block", lambda: 0)
+    assert "no fast int4 kernel" in (cpu.CpuInt4().rejects(LinearSpec(64, 64, 32), describe("cpu")) or "")
+
+
+def test_cpu_layout_of_a_torch_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "aten", object())
+    cpu._block.cache_clear()
+    try:
+        assert cpu._block() == 0
+    finally:
+        cpu._block.cache_clear()
+
+
+CHECK = """
+import torch
+from awq.hardware import describe
+from awq.kernels import LinearSpec, cpu
+from tests.kernels.plain import random_outliers, random_packed, run, worst_row
+
+kernel = cpu.CpuInt4()
+if reason := kernel.rejects(LinearSpec(96, 136, 32), describe("cpu")):
+    print(reason)
+else:
+    packed = random_packed(136, 96, 32)
+    outliers = random_outliers(packed, 2)
+    x = torch.randn(5, 96)
+    for version in kernel.versions:
+        assert worst_row(run(kernel, x, packed, outliers, version), x, packed, outliers) < 6e-3, version
+    print("block", cpu._block())
+"""
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="not a CPU with AVX2")
+@pytest.mark.parametrize(("capability", "said"), [("avx2", "block 32"), ("default", "no fast int4 kernel")])
+def test_cpu_layouts_of_other_instruction_sets(capability: str, said: str) -> None:
+    paths = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout

@@ -1,0 +1,98 @@
+"""The built wheel in a fresh environment, outside the checkout: both commands, and a script written for AutoAWQ."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import awq
+from tests.tiny import save_tiny, tiny_llama
+
+pytestmark = pytest.mark.slow
+
+CHECKOUT = Path(__file__).parents[1]
+# A user's script as given, but for the names of its two folders.
+SCRIPT = """
+import torch
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+
+model_path = "llama-tiny"
+tokenizer = AutoTokenizer.from_pretrained(model_path)
+model = AutoAWQForCausalLM.from_pretrained(model_path, torch_dtype=torch.float16, device_map="auto")
+quant_config = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+calibration_data = [
+    # Code samples for code models, prose for language models
+]
+model.quantize(tokenizer, calib_dataset=calibration_data)
+model.save_quantized("llama-tiny-awq")
+model = AutoAWQForCausalLM.from_quantized("llama-tiny-awq", version="GEMV")
+"""
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    """The standard output of a command run in `folder`, where nothing of the checkout is on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    run(CHECKOUT, *pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, CHECKOUT)
+    (built,) = folder.glob("awq_int4-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel in it; what it depends on is this environment's."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    run(folder, python, "-m", "pip", "--quiet", "install", "--no-deps", "--no-index", wheel)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # A path in a .pth file is only appended: an editable install of this package there has no effect.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    where = run(folder, python, "-c", "import awq; print(awq.__file__)")
+    assert Path(where.strip()).is_relative_to(packages)
+    return python
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "llama-tiny", tiny_llama(max_position_embeddings=512))
+    return tmp_path
+
+
+def test_wheel_holds_all_of_the_package(wheel: Path) -> None:
+    source = Path(awq.__file__).parent
+    files = {path.relative_to(source.parent).as_posix() for path in source.rglob("*") if path.is_file()}
+    kept = {name for name in files if "__pycache__" not in name}
+    built = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert built == kept
+
+
+def test_quantize_and_generate(python: Path, workplace: Path) -> None:
+    command = python.parent / "awq"
+    quantize = ["quantize", "llama-tiny", "--output", "llama-awq", "--group-size", "32", "--samples", "8"]
+    run(workplace, command, *quantize, "--seq-len", "64")
+    assert (workplace / "llama-awq" / "awq_report.json").is_file()
+    assert run(workplace, command, "generate", "llama-awq", "--prompt", "The sea was", "--max-new-tokens", "8")
+    assert run(workplace, python, "-m", "awq", "hardware")
+
+
+def test_script_written_for_autoawq(python: Path, workplace: Path) -> None:
+    (workplace / "script.py").write_text(SCRIPT)
+    run(workplace, python, "script.py")
+    assert (workplace / "llama-tiny-awq" / "config.json").is_file()
