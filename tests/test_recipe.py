@@ -122,7 +122,7 @@ def test_nan_activations_are_said_and_the_rest_goes_on() -> None:
         ({"device": "cuda:99"}, ConfigError, "cuda:99"),
         ({"samples": 0}, CalibrationError, "0 samples"),
         ({"calibration": ["./absent.txt"]}, CalibrationError, r"absent\.txt"),
-        ({"seq_len": 512}, CalibrationError, "longer than the 256"),
+        ({"seq_len": 2048}, CalibrationError, "longer than the 1024"),
     ],
 )
 def test_wrong_arguments_leave_nothing_behind(

@@ -21,7 +21,7 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": VOCABULARY,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,

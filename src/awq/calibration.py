@@ -111,12 +111,11 @@ def _checked(data: Sequence[Document]) -> Sequence[Document]:
     """`data` where it holds texts alone or token lists alone."""
     if all(isinstance(item, str) for item in data):
         return data
-    for item in data:
-        if isinstance(item, str) or not isinstance(item, Sequence):
-            kind = type(item).__name__
-            raise CalibrationError(f"calibration data is all strings or all lists of token ids: it holds a {kind} too.")
-        if any(not isinstance(token, int) or token < 0 for token in item):
-            raise CalibrationError("calibration data as token lists holds the tokenizer's ids: integers from 0.")
+    if not all(isinstance(item, list | tuple) for item in data):
+        kinds = ", ".join(sorted({type(item).__name__ for item in data}))
+        raise CalibrationError(f"calibration data must be all strings or all lists of token ids: it holds {kinds}.")
+    if any(not isinstance(token, int) or token < 0 for item in data for token in item):
+        raise CalibrationError("calibration data as token lists must hold the tokenizer's ids: integers from 0.")
     return data
 
 

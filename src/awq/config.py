@@ -43,6 +43,7 @@ class QuantConfig:
     version:       kernel version a script asked for; validated, never pins a kernel
     outlier_ratio: share of the input channels of each linear kept in fp16, 0 to 0.05; 0 is off
     scale, clip:   search activation-aware scales; search clipped ranges
+    refit:         refit the group scales to the chosen codes by least squares
     """
 
     bits: int = 4
@@ -53,6 +54,7 @@ class QuantConfig:
     outlier_ratio: float = 0.005
     scale: bool = True
     clip: bool = True
+    refit: bool = True
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -97,6 +99,7 @@ class QuantConfig:
             "outlier_ratio": self.outlier_ratio,
             "scale": self.scale,
             "clip": self.clip,
+            "refit": self.refit,
         }
 
     def with_group_size(self, group_size: int) -> Self:

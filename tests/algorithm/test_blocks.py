@@ -63,7 +63,7 @@ def test_chunks_cover_all_text_and_models_are_left_as_they_were() -> None:
 def test_every_step_lowers_the_error_of_the_logits() -> None:
     reference = logits(tiny_llama())
     errors = []
-    for settings in ({"scale": False, "clip": False, "outlier_ratio": 0}, {"outlier_ratio": 0}, {}):
+    for settings in ({"scale": False, "clip": False, "refit": False, "outlier_ratio": 0}, {"outlier_ratio": 0}, {}):
         model = tiny_llama()
         apply(model, quantized(model, **settings))
         errors.append(float((logits(model) - reference).norm() / reference.norm()))
@@ -107,7 +107,7 @@ def test_losses_are_measured_on_the_outputs_themselves() -> None:
     with torch.no_grad():
         model(input_ids=TOKENS)
     handle.remove()
-    result = quantized(model, scale=False, outlier_ratio=0)[name]
+    result = quantized(model, scale=False, refit=False, outlier_ratio=0)[name]
     x = inputs[0].flatten(0, 1)
     error = (x @ (result.packed.dequantize() - original).t()).square().sum() / (x @ original.t()).square().sum()
     assert result.report["loss"] == pytest.approx(float(error), rel=2e-2)  # bf16 products in the Gram matrix
@@ -157,7 +157,7 @@ def test_nan_activations_fall_back_to_plain_rounding() -> None:
     assert broken.outliers is None
     assert broken.report["scaled_by"] is None
     assert results["model.layers.0.self_attn.q_proj"].report["fallback"] is None
-    plain = quantized(tiny_llama(), scale=False, clip=False, outlier_ratio=0)["model.layers.1.self_attn.q_proj"]
+    plain = quantized(tiny_llama(), scale=False, clip=False, refit=False, outlier_ratio=0)["model.layers.1.self_attn.q_proj"]
     assert torch.equal(broken.packed.qweight, plain.packed.qweight)
 
 

@@ -51,12 +51,12 @@ def spec_of(packed: PackedInt4, outliers: Outliers | None = None) -> LinearSpec:
     return LinearSpec(packed.in_features, packed.out_features, packed.group_size, outliers=kept)
 
 
-def worst_row(y: Tensor, x: Tensor, packed: PackedInt4, outliers: Outliers | None = None) -> float:
-    """The largest error of a row, relative to the norm that its terms have.
+def row_errors(y: Tensor, x: Tensor, packed: PackedInt4, outliers: Outliers | None = None) -> Tensor:
+    """The error of each row, relative to the norm that its terms have.
 
     The terms', since a sum that cancels is small by chance, while the rounding of its terms is not.
     """
-    terms = (x.double().square() @ plain_weight(packed).square().t()).sqrt()
+    terms = x.double().square() @ plain_weight(packed).square().t()
     if outliers is not None:
-        terms += (x.double()[:, outliers.index.long()].square() @ outliers.residual.double().square()).sqrt()
-    return float(((y.double() - plain(x, packed, outliers)).norm(dim=1) / terms.norm(dim=1)).max())
+        terms += x.double()[:, outliers.index.long()].square() @ outliers.residual.double().square()
+    return (y.double() - plain(x, packed, outliers)).norm(dim=1) / terms.sum(dim=1).sqrt()

@@ -14,31 +14,41 @@ from torch import Tensor
 from awq.config import KERNEL_VERSIONS
 from awq.hardware import describe
 from awq.kernels import KERNELS, Kernel, LinearSpec, cpu
-from awq.packing import PackedInt4, pack
-from tests.kernels.plain import CPU, plain, random_outliers, random_packed, run, spec_of, worst_row
+from awq.packing import Outliers, PackedInt4, pack
+from tests.kernels.plain import CPU, plain, plain_weight, random_outliers, random_packed, row_errors, run, spec_of
 
 ROWS = (1, 2, 7, 8, 9, 17, 33, 65)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 GROUPS = (-1, 16, 32, 64, 128)
 
 
-def tolerance(kernel: Kernel, dtype: torch.dtype, out_features: int) -> float:
-    """Relative to the norm of a row's terms.
+def tolerance(kernel: Kernel, dtype: torch.dtype) -> float:
+    """Of the root mean square of many rows' errors; a single row may be three times as unlucky.
 
-    Rounding x, a scale, a weight and y to bf16 costs 2^-9 / sqrt(3) = 1.1e-3 each in the root mean square, 4e-3 with y
-    larger than its terms and rounded twice; to fp16 an eighth. The norm of n such errors has a standard deviation of
-    1 / sqrt(2n): five of them are allowed. float32 adds up 1e-7s.
+    Rounding x, a scale, a weight and y to bf16 costs 2^-9 / sqrt(3) = 1.1e-3 each, and y is larger than its terms; fp16 an
+    eighth of it. float32 adds up 1e-7s.
     """
     if dtype == torch.float32 and kernel.name != "cpu":
-        return 1e-5
-    rounding = 5e-4 if dtype == torch.float16 and kernel.name == "reference" else 4e-3
-    return rounding * (1 + 5 / (2 * out_features) ** 0.5)
+        return 3e-6
+    return 6e-4 if dtype == torch.float16 and kernel.name == "reference" else 5e-3
+
+
+def check(y: Tensor, x: Tensor, packed: PackedInt4, outliers: Outliers | None, limit: float) -> None:
+    errors = row_errors(y, x, packed, outliers)
+    assert errors.max() < 3 * limit
+    if len(errors) > 8:
+        assert errors.square().mean().sqrt() < limit
 
 
 def skip_if_rejected(kernel: Kernel, packed: PackedInt4) -> None:
     reason = kernel.rejects(spec_of(packed), describe("cpu"))
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.name)
@@ -56,17 +66,20 @@ def test_against_the_formula(kernel: Kernel, group_size: int, zero_point: bool, 
         skip_if_rejected(kernel, packed)
         outliers = random_outliers(packed, count) if count else None
         weights, spec = kernel.prepare(packed, outliers, CPU), spec_of(packed, outliers)
-        for dtype, version in itertools.product(DTYPES, kernel.versions):
-            for rows in ROWS:
-                x = torch.randn(rows, in_features).to(dtype)
-                y = kernel(x, weights, spec, version)
-                assert y.dtype == dtype and y.shape == (rows, out_features)
-                assert worst_row(y, x, packed, outliers) < tolerance(kernel, dtype), (
-                    out_features,
-                    rows,
-                    dtype,
-                    version,
-                )
+        for dtype, version, rows in itertools.product(DTYPES, kernel.versions, ROWS):
+            x = torch.randn(rows, in_features).to(dtype)
+            y = kernel(x, weights, spec, version)
+            assert y.dtype == dtype and y.shape == (rows, out_features)
+            check(y, x, packed, outliers, tolerance(kernel, dtype))
+
+
+@pytest.mark.parametrize("version", KERNEL_VERSIONS)
+@pytest.mark.parametrize("shape", [(8, 32), (136, 96), (200, 64)])
+def test_every_single_weight(kernel: Kernel, shape: tuple[int, int], version: str) -> None:
+    packed = random_packed(*shape, 32)
+    y = run(kernel, torch.eye(shape[1]), packed, None, version)
+    steps = (y.double() - plain_weight(packed).t()).abs() / packed.scales.repeat_interleave(32, 0)
+    assert steps.max() < 15 * 2**-7
 
 
 @pytest.mark.parametrize("version", KERNEL_VERSIONS)
@@ -75,7 +88,7 @@ def test_a_channel_wide_group_of_any_width(kernel: Kernel, group_size: int, vers
     packed = random_packed(16, group_size, -1)
     skip_if_rejected(kernel, packed)
     x = torch.randn(3, group_size)
-    assert worst_row(run(kernel, x, packed, None, version), x, packed) < tolerance(kernel, torch.float32, 16)
+    check(run(kernel, x, packed, None, version), x, packed, None, tolerance(kernel, torch.float32))
 
 
 @pytest.mark.parametrize("version", KERNEL_VERSIONS)
@@ -142,7 +155,7 @@ def test_a_huge_channel_over_zero_weights(kernel: Kernel, zero_point: bool, kept
         # what the residual, itself bf16, takes back: 2^-9 of 1/70 of a step, and y is rounded before it is added
         assert error.abs().max() < 1000 * packed.scales.max() / 70 / 100 + 6e-3 * others
     else:
-        assert error.norm() / 5**0.5 < tolerance(kernel, torch.float32, 64) * others
+        assert error.norm() / 5**0.5 < tolerance(kernel, torch.float32) * others
 
 
 @pytest.mark.parametrize("version", KERNEL_VERSIONS)
@@ -152,7 +165,7 @@ def test_kept_channels_are_exact_in_spite_of_bf16_scales(kernel: Kernel, version
     outliers = random_outliers(packed, 4)
     x = torch.randn(9, 256)
     x[:, outliers.index.long()] *= 1000
-    assert worst_row(run(kernel, x, packed, outliers, version), x, packed, outliers) < tolerance(kernel, x.dtype, 64)
+    check(run(kernel, x, packed, outliers, version), x, packed, outliers, tolerance(kernel, x.dtype))
 
 
 def test_cpu_versions_serve_the_same_weights_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +175,7 @@ def test_cpu_versions_serve_the_same_weights_in_chunks(monkeypatch: pytest.Monke
     whole = run(cpu.CpuInt4(), x, packed, None, "GEMM")
     monkeypatch.setattr(cpu, "_CHUNK", 96 * 130)
     assert torch.equal(run(cpu.CpuInt4(), x, packed, None, "GEMM"), whole)
-    assert worst_row(run(cpu.CpuInt4(), x, packed, None, "GEMV"), x, packed) < 6e-3
+    check(whole, x, packed, None, 5e-3)
 
 
 def test_cpu_weights_are_stored_once() -> None:
@@ -192,8 +205,9 @@ CHECK = """
 import torch
 from awq.hardware import describe
 from awq.kernels import LinearSpec, cpu
-from tests.kernels.plain import random_outliers, random_packed, run, worst_row
+from tests.kernels.plain import random_outliers, random_packed, row_errors, run
 
+torch.manual_seed(0)
 kernel = cpu.CpuInt4()
 if reason := kernel.rejects(LinearSpec(96, 136, 32), describe("cpu")):
     print(reason)
@@ -202,7 +216,7 @@ else:
     outliers = random_outliers(packed, 2)
     x = torch.randn(5, 96)
     for version in kernel.versions:
-        assert worst_row(run(kernel, x, packed, outliers, version), x, packed, outliers) < 6e-3, version
+        assert row_errors(run(kernel, x, packed, outliers, version), x, packed, outliers).max() < 1e-2, version
     print("block", cpu._block())
 """
 

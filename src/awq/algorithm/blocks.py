@@ -170,12 +170,14 @@ def _round(linears: dict[str, _Linear], config: QuantConfig) -> dict[str, Quanti
 def _codes(linear: _Linear, config: QuantConfig) -> tuple[Affine, Tensor]:
     """The grid, and the codes on it, that the steps before the outliers arrive at."""
     group_size = config.group_size or -1
-    if not (config.clip and linear.usable):
+    if config.clip and linear.usable:
+        grid = search_clip(linear.weight, linear.stats.gram, group_size, config.bits, config.zero_point)
+    else:
         grid = fit_affine(linear.weight, group_size, config.bits, config.zero_point)
-        return grid, grid.encode(linear.weight)
-    grid = search_clip(linear.weight, linear.stats.gram, group_size, config.bits, config.zero_point)
     codes = grid.encode(linear.weight)
-    return refit_scales(linear.weight, codes, grid, linear.stats.gram), codes
+    if config.refit and linear.usable:
+        grid = refit_scales(linear.weight, codes, grid, linear.stats.gram)
+    return grid, codes
 
 
 def _outliers(linears: dict[str, _Linear], deltas: dict[str, Tensor], config: QuantConfig) -> dict[str, Outliers]:

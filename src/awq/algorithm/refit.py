@@ -19,9 +19,10 @@ def refit_scales(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> A
     A row keeps its old scales where the new ones, as float16 stores them, are not better. Zeros stay as they are.
     """
     groups = grid.scales.shape[1]
-    with fast_matmul(enabled=False):
-        steps = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes)  # code - zero
+    steps = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes)  # code - zero
+    with fast_matmul():
         scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
+    with fast_matmul(enabled=False):
         refitted = replace(grid, scales=scales)
         better = _row_errors(refitted.decode(codes) - weight, gram) < _row_errors(grid.decode(codes) - weight, gram)
     keep = better & (scales > 0).all(1)

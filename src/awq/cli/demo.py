@@ -152,7 +152,7 @@ def evaluate(
     salience = find_salience(model, finished, sample.tokens)
     # Plain rounding looks at no activations: one block is enough to walk through the model.
     one_block = load_calibration(tokenizer, "prose", samples=1, seq_len=32)
-    plain = QuantConfig(group_size=CONFIG.group_size, outlier_ratio=0, scale=False, clip=False)
+    plain = QuantConfig(group_size=CONFIG.group_size, outlier_ratio=0, scale=False, clip=False, refit=False)
     quantize_model(model, plain, one_block, device=device, progress=False)
     measure(ROUNDED, model)
     del model

@@ -6,8 +6,10 @@ not part of the text. The two files share no topic: one calibrates, the other ev
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -20,7 +22,7 @@ _SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages",
     "turtledemo", "encodings", "pydoc_data", "ensurepip", "__pycache__",
 }  # fmt: skip
-_GENERATED = re.compile(r"\bgenerated (by|from|with|using|automatically)|auto-?generated|do not edit", re.IGNORECASE)
+_GENERATED = re.compile(r"\bgenerated (and|by|from|with|using|automatically)|auto-?generated|do not edit", re.IGNORECASE)
 
 
 def builtin_text(domain: str) -> list[str]:
@@ -45,8 +47,7 @@ def _passages(name: str) -> list[str]:
 def _standard_library() -> list[str]:
     """The mid-sized modules of the running Python, sorted by path: the same for every run of one Python."""
     root = Path(sysconfig.get_path("stdlib"))
-    modules = [_written_module(path, root) for path in sorted(root.rglob("*.py"))]
-    texts = [text for text in modules if text]
+    texts = [text for path in sorted(_modules(root)) if (text := _written(path))]
     if not texts:
         raise CalibrationError(
             f"built-in code reads the sources of Python's standard library, and {root} holds none: "
@@ -55,9 +56,15 @@ def _standard_library() -> list[str]:
     return texts
 
 
-def _written_module(path: Path, root: Path) -> str | None:
+def _modules(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - _SKIPPED_FOLDERS
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
+
+
+def _written(path: Path) -> str | None:
     """The source of a mid-sized module that a person wrote, else None."""
-    if _SKIPPED_FOLDERS & set(path.relative_to(root).parts) or path.stat().st_size not in _MODULE_BYTES:
+    if path.stat().st_size not in _MODULE_BYTES:
         return None
     try:
         text = path.read_text(encoding="utf-8")
