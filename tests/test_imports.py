@@ -40,12 +40,13 @@ ALLOWED = {
     "calibration": {"config", "data", "errors"},
     "evaluate": {"config", "data", "errors"},
     "source": {"checkpoint", "config", "errors", "hardware"},
+    "names": {"errors"},
     "plan": {"algorithm", "config", "errors"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "linear", "plan", "progress", "source"} | GROUND,
-    "load": {"checkpoint", "kernels", "linear", "source"} | GROUND,
+    "recipe": {"algorithm", "calibration", "checkpoint", "linear", "names", "plan", "progress", "source"} | GROUND,
+    "load": {"checkpoint", "kernels", "linear", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
-}  # fmt: skip
+}
 # The top of the house sees everything below it, and nobody below sees it.
 ALLOWED["bench"] = set(ALLOWED)
 ALLOWED["cli"] = ALLOWED["__main__"] = ALLOWED["bench"] | {"bench", "cli"}

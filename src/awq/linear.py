@@ -115,17 +115,21 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Every move and cast of the module: weights keep their dtype, and another kind of device repacks them."""
-        bias, here = self._buffers["bias"], self.device
-        target = fn(torch.empty(0, device=here)).device
+        repack = self.choice is not UNPREPARED and self._leaves(fn)
+        if repack:
+            self._use(UNPREPARED, packed_weights(self.packed, self.outliers))
+        bias = self._buffers["bias"]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        if self.choice is UNPREPARED or target.type in (here.type, "meta"):
-            super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-            return self
-        self._use(UNPREPARED, packed_weights(self.packed, self.outliers))
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self.prepare(*self._again)
+        if repack:
+            self.prepare(*self._again)
         return self
+
+    def _leaves(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Whether `fn` moves tensors to another kind of device, where this kernel's layout means nothing."""
+        target = fn(torch.empty(0, device=self.device)).device.type
+        return target not in (self.device.type, "meta")

@@ -75,12 +75,10 @@ def test_no_linear_is_worse_than_plain_rounding() -> None:
         assert result.report["loss"] <= result.report["loss_rounding"] * (1 + 1e-5)
 
 
-def test_kept_channels_lower_the_loss_of_the_linears_that_share_them() -> None:
-    results = quantized(tiny_llama())
-    for names in ("self_attn.q_proj self_attn.k_proj self_attn.v_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"):
-        reports = [results[f"model.layers.0.{name}"].report for name in names.split()]
-        assert sum(r["loss_with_outliers"] for r in reports) <= sum(r["loss"] for r in reports)
-    assert any(result.outliers is not None for result in results.values())
+def test_kept_channels_lower_the_loss() -> None:
+    reports = [result.report for result in quantized(tiny_llama()).values()]
+    assert {report["outliers"] for report in reports} == {3, 6}  # 5 % of 64 and of 128
+    assert sum(r["loss_with_outliers"] for r in reports) < 0.95 * sum(r["loss"] for r in reports)
 
 
 def test_the_int4_under_kept_channels_is_what_it_is_without() -> None:

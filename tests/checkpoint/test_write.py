@@ -310,9 +310,9 @@ def test_output_that_is_not_empty_offers_overwrite(tmp_path: Path) -> None:
         check_output(tmp_path)
     with pytest.raises(OutputExistsError, match=r"not empty.*--overwrite"):
         write_small(tmp_path)
+    with pytest.raises(OutputExistsError, match="something else than a quantized checkpoint"):
+        write_small(tmp_path, overwrite=True)
     assert digests(tmp_path).keys() == {"note"}
-    write_small(tmp_path, overwrite=True)
-    assert "note" not in digests(tmp_path)
 
 
 def test_outputs_that_are_empty_new_or_linked(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_home_and_current_folder_are_never_replaced(
     (tmp_path / "a" / "b" / "file").write_text("")
     monkeypatch.chdir(tmp_path / "a" / "b")
     monkeypatch.setenv("HOME", str(tmp_path / "a"))
-    with pytest.raises(OutputExistsError, match="even with --overwrite"):
+    with pytest.raises(OutputExistsError, match="--overwrite does not replace"):
         check_output(place, overwrite=True)
 
 
@@ -348,8 +348,8 @@ def test_float_models_and_checkouts_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "float").mkdir()
     (tmp_path / "float" / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "code" / ".git").mkdir(parents=True)
-    for name, reason in (("float", "holds a float model"), ("code", "is a git checkout")):
-        with pytest.raises(OutputExistsError, match=reason):
+    for name in ("float", "code"):
+        with pytest.raises(OutputExistsError, match="--overwrite does not replace"):
             check_output(tmp_path / name, overwrite=True)
     assert check_output(write_raw(tmp_path / "old"), overwrite=True) == tmp_path / "old"
 

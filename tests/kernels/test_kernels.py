@@ -25,19 +25,18 @@ GROUPS = (-1, 16, 32, 64, 128)
 def tolerance(kernel: Kernel, dtype: torch.dtype) -> float:
     """Of the root mean square of many rows' errors; a single row may be three times as unlucky.
 
-    Rounding x, a scale, a weight and y to bf16 costs 2^-9 / sqrt(3) = 1.1e-3 each, and y is larger than its terms; fp16 an
-    eighth of it. float32 adds up 1e-7s.
+    Rounding x, a scale, a weight and y to bf16 costs 2^-9 / sqrt(3) = 1.1e-3 each, more where y exceeds its terms;
+    to fp16 an eighth of that. float32 adds up 1e-7s.
     """
     if dtype == torch.float32 and kernel.name != "cpu":
         return 3e-6
-    return 6e-4 if dtype == torch.float16 and kernel.name == "reference" else 5e-3
+    return 6e-4 if dtype == torch.float16 and kernel.name == "reference" else 6e-3
 
 
 def check(y: Tensor, x: Tensor, packed: PackedInt4, outliers: Outliers | None, limit: float) -> None:
     errors = row_errors(y, x, packed, outliers)
     assert errors.max() < 3 * limit
-    if len(errors) > 8:
-        assert errors.square().mean().sqrt() < limit
+    assert errors.square().mean().sqrt() < limit
 
 
 def skip_if_rejected(kernel: Kernel, packed: PackedInt4) -> None:
@@ -66,10 +65,10 @@ def test_against_the_formula(kernel: Kernel, group_size: int, zero_point: bool, 
         skip_if_rejected(kernel, packed)
         outliers = random_outliers(packed, count) if count else None
         weights, spec = kernel.prepare(packed, outliers, CPU), spec_of(packed, outliers)
-        for dtype, version, rows in itertools.product(DTYPES, kernel.versions, ROWS):
-            x = torch.randn(rows, in_features).to(dtype)
-            y = kernel(x, weights, spec, version)
-            assert y.dtype == dtype and y.shape == (rows, out_features)
+        for dtype, version in itertools.product(DTYPES, kernel.versions):
+            x = torch.randn(sum(ROWS), in_features).to(dtype)
+            y = torch.cat([kernel(part, weights, spec, version) for part in x.split(ROWS)])
+            assert y.dtype == dtype and y.shape == (sum(ROWS), out_features)
             check(y, x, packed, outliers, tolerance(kernel, dtype))
 
 

@@ -135,7 +135,8 @@ def _quantize_block(
     reached = {name for names in structure.input_sets for name in names}
     unreached = tuple((name,) for name in linears if name not in reached)
     for names in (*structure.input_sets, *unreached):
-        results |= _round({name: linears[name] for name in names if name in linears}, config)
+        if wanted := {name: linears[name] for name in names if name in linears}:
+            results |= _round(wanted, config)
     return results
 
 
@@ -181,17 +182,14 @@ def _codes(linear: _Linear, config: QuantConfig) -> tuple[Affine, Tensor]:
 
 
 def _outliers(linears: dict[str, _Linear], deltas: dict[str, Tensor], config: QuantConfig) -> dict[str, Outliers]:
-    """The channels kept in fp16, the same for all; none where keeping them would not lower the loss."""
-    if config.outlier_ratio == 0 or not linears or not all(linear.usable for linear in linears.values()):
+    """The channels kept in fp16, the same for all the linears that read them."""
+    if config.outlier_ratio == 0 or not all(linear.usable for linear in linears.values()):
         return {}
     first = next(iter(linears.values()))
     count = outlier_count(first.module.in_features, config.outlier_ratio)
     channels = choose_channels(list(deltas.values()), first.stats.gram, count)
     index = channels.to(torch.int32)
-    kept = {name: Outliers(index, residual(delta, channels)) for name, delta in deltas.items()}
-    before = sum(linears[name].loss(delta) for name, delta in deltas.items())
-    after = sum(linears[name].loss(kept[name].add_to(delta)) for name, delta in deltas.items())
-    return kept if after < before else {}
+    return {name: Outliers(index, residual(delta, channels)) for name, delta in deltas.items()}
 
 
 def _result(

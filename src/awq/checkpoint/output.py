@@ -61,26 +61,20 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
 def _check_replaceable(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputExistsError(f"{path} is not empty: choose another folder, or replace it with --overwrite.")
-    if reason := _worth_keeping(path):
-        raise OutputExistsError(f"{path} {reason} and is not replaced, even with --overwrite: choose another folder.")
-
-
-def _worth_keeping(path: Path) -> str | None:
-    """Why replacing this whole folder must be a mistake, or None."""
     here = Path.cwd()
-    if path in (Path.home(), here, *here.parents):
-        return "is your home or current folder, or holds it,"
-    if (path / ".git").exists():
-        return "is a git checkout"
-    return "holds a float model" if _is_float_model(path) else None
+    if path in (Path.home(), here, *here.parents) or (path / ".git").exists() or not _is_quantized(path):
+        raise OutputExistsError(
+            f"{path} holds something else than a quantized checkpoint, which --overwrite does not replace: "
+            "choose another folder, or remove it yourself."
+        )
 
 
-def _is_float_model(path: Path) -> bool:
+def _is_quantized(path: Path) -> bool:
     try:
-        config = read_json(path, "config.json")
+        config = read_json(path, "config.json") or {}
     except CheckpointError:
         return False
-    return config is not None and "quantization_config" not in config and not (path / "quant_config.json").exists()
+    return "quantization_config" in config or (path / "quant_config.json").exists()
 
 
 def _check_place(path: Path, expected_bytes: int) -> None:

