@@ -91,7 +91,7 @@ def plot_kernels(path: Path, bench: KernelBench, subtitle: str) -> None:
     """Latency by rows of each version, a panel a shape, the crossover marked."""
     shapes = list(dict.fromkeys(row.shape for row in bench.rows))
     figure = _figure(max(7.2, 4.3 * len(shapes)), 4.6, "Latency of one linear by rows", subtitle)
-    panels = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
     for axes, shape in zip(panels, shapes, strict=True):
         _kernel_panel(axes, [row for row in bench.rows if row.shape == shape], shape, bench.crossovers[str(shape)])
     panels[0].set_ylabel("median latency [µs]")
@@ -134,6 +134,9 @@ def _kernel_panel(axes: Axes, rows: Sequence[KernelRow], shape: Shape, crossing:
             axes.fill_between(x, *spread, color=style["color"], alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # The bands of a busy machine must not dwarf the lines.
+    medians = [row.median_us for row in rows]
+    axes.set_ylim(min(medians) / 1.7, max(medians) * 1.7)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.set_xlabel("rows of x")

@@ -15,7 +15,7 @@ import typer
 
 from awq.cli import options
 from awq.cli.hardware import judge
-from awq.cli.measure import BUILT_IN_TEXT, bench_versions
+from awq.cli.measure import BUILT_IN_TEXT, bench_float, bench_versions
 from awq.cli.output import format_bytes, print_json, print_table, say, to_json
 from awq.config import KERNEL_VERSIONS, QuantConfig
 from awq.errors import AwqError, MissingDependencyError, OutputExistsError

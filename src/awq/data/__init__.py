@@ -22,7 +22,7 @@ _SKIPPED_FOLDERS = {
     "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages",
     "turtledemo", "encodings", "pydoc_data", "ensurepip", "__pycache__",
 }  # fmt: skip
-_GENERATED = re.compile(r"\bgenerated (and|by|from|with|using|automatically)|auto-?generated|do not edit", re.IGNORECASE)
+_GENERATED = re.compile(r"\bgenerated (and|by|from|with|using|automatically)|auto-?generated|do not edit", re.I)
 
 
 def builtin_text(domain: str) -> list[str]:

@@ -81,9 +81,9 @@ def select(
     for candidate in _candidates(kernel):
         reason = _rejection(candidate, spec, target, pinned)
         if reason is None:
-            how = candidate.versions[pinned or "GEMV"]
             _say_fallback(candidate, target, refused)
-            return Choice(candidate, pinned, f"{candidate.name}: {how}", refused)
+            how = [f"{each} by {candidate.versions[each]}" for each in ((pinned,) if pinned else KERNEL_VERSIONS)]
+            return Choice(candidate, pinned, f"{candidate.name}: {'; '.join(how)}", refused)
         refused[candidate.name] = reason
     reasons = "; ".join(f"kernel {name!r}: {reason}" for name, reason in refused.items())
     raise KernelNotSupportedError(f"{_NOT_SUPPORTED}: {target}: {reasons}; leave out kernel= to let one be chosen.")
