@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.affine import fit_affine, ranges, span
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64])
@@ -46,7 +46,8 @@ def test_symmetric_zeros_are_eight() -> None:
 def test_shrink_narrows_the_range() -> None:
     weight = torch.randn(8, 64)
     full = fit_affine(weight, 32, 4, True)
-    half = fit_affine(weight, 32, 4, True, torch.full((8, 2), 0.5))
+    low, high = ranges(weight, 32)
+    half = span(low / 2, high / 2, 4, True)
     assert torch.allclose(half.scales, full.scales / 2, rtol=2e-3)
 
 

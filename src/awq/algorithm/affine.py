@@ -42,27 +42,29 @@ class Affine:
         return values.reshape(*self.scales.shape, -1).float()
 
 
-def fit_affine(weight: Tensor, group_size: int, bits: int, zero_point: bool, shrink: Tensor | None = None) -> Affine:
-    """The grid that spans each group's range, optionally shrunk to `shrink` [out, groups] of it.
+def fit_affine(weight: Tensor, group_size: int, bits: int, zero_point: bool) -> Affine:
+    """The grid that spans the range of each group of `weight`, float32 [out, in]; group_size -1 is one group a row."""
+    return span(*ranges(weight, group_size), bits, zero_point)
 
-    weight [out, in] in float32, in % group_size == 0 (-1: one group a row). The range always holds 0, so that
-    a zero weight stays zero. Symmetric grids are centred on 2**(bits - 1). Codes are later computed from the
-    scale as float16 stores it: what is searched is what is run.
-    """
+
+def ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value of each group, [out, groups] each; they always hold 0, which so stays 0."""
     grouped = weight.reshape(weight.shape[0], -1, weight.shape[1] if group_size == -1 else group_size)
+    return grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+
+
+def span(low: Tensor, high: Tensor, bits: int, zero_point: bool) -> Affine:
+    """The grid from `low` to `high`; without zero points it is centred on 2**(bits - 1).
+
+    Codes are later computed from the scale as float16 stores it: what is searched is what is run.
+    """
     top = 2**bits - 1
-    high = grouped.amax(-1).clamp_min(0)
-    low = grouped.amin(-1).clamp_max(0)
-    if shrink is not None:
-        high, low = high * shrink, low * shrink
     if zero_point:
         scales = _storable((high - low) / top)
-        zeros = torch.round(-low / scales).clamp_(0, top)
-    else:
-        half = 2 ** (bits - 1)
-        scales = _storable(torch.maximum(high / (half - 1), -low / half))
-        zeros = torch.full_like(scales, float(half))
-    return Affine(scales, zeros, bits)
+        return Affine(scales, torch.round(-low / scales).clamp_(0, top), bits)
+    half = 2 ** (bits - 1)
+    scales = _storable(torch.maximum(high / (half - 1), -low / half))
+    return Affine(scales, torch.full_like(scales, float(half)), bits)
 
 
 def _storable(scales: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class _Linear:
         self.row_scale = torch.ones(module.out_features, device=module.weight.device)
         self.usable = stats.tokens > 0 and stats.finite
         self.scaled_by: str | None = None
-        self.power = float(output_error(self.weight, stats.gram)) or 1.0
+        self.power = 1.0
+        self.power = self.loss(self.weight) or 1.0
         self.loss_rounding = self.loss(_plain(self.weight, config) - self.weight)
 
     @property
@@ -60,7 +61,8 @@ class _Linear:
 
     def loss(self, delta: Tensor) -> float:
         """Output error relative to the output's power, as the unscaled model would see it."""
-        return float(output_error(delta * self.row_scale.unsqueeze(1), self.stats.gram)) / self.power
+        with fast_matmul():
+            return float(output_error(delta * self.row_scale.unsqueeze(1), self.stats.gram)) / self.power
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awq.algorithm.affine import Affine, fit_affine
+from awq.algorithm.affine import Affine, ranges, span
 from awq.algorithm.capture import fast_matmul
 from awq.algorithm.loss import group_errors, output_error
 
@@ -15,18 +15,17 @@ SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
 
 def search_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_point: bool) -> Affine:
     """The grid of `weight` [out, in] whose ranges cost the least, group by group; the full range where it is best."""
-    full = fit_affine(weight, group_size, bits, zero_point)
-    groups = full.scales.shape[1]
-    shrink = torch.ones_like(full.scales)
+    low, high = ranges(weight, group_size)
+    full = span(low, high, bits, zero_point)
+    shrink = torch.ones_like(low)
     with fast_matmul():
-        best = group_errors(full.round(weight) - weight, gram, groups)
+        best = group_errors(full.round(weight) - weight, gram, low.shape[1])
         for candidate in SHRINKS:
-            trial = fit_affine(weight, group_size, bits, zero_point, torch.full_like(shrink, candidate))
-            error = group_errors(trial.round(weight) - weight, gram, groups)
-            better = error < best
-            shrink[better] = candidate
-            best = torch.where(better, error, best)
-    clipped = fit_affine(weight, group_size, bits, zero_point, shrink)
+            trial = span(low * candidate, high * candidate, bits, zero_point)
+            error = group_errors(trial.round(weight) - weight, gram, low.shape[1])
+            shrink[error < best] = candidate
+            best = torch.minimum(error, best)
+    clipped = span(low * shrink, high * shrink, bits, zero_point)
     with fast_matmul(enabled=False):
         gain = output_error(full.round(weight) - weight, gram) - output_error(clipped.round(weight) - weight, gram)
     return clipped if gain > 0 else full

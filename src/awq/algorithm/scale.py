@@ -19,17 +19,26 @@ def search_scale(
 ) -> Tensor | None:
     """The scale [producer channels] under which rounding `weights` costs the least output error; None for no scale.
 
-    Candidates are mean|x| ** exponent over a grid of exponents in (0, 1]. The search may run in reduced precision; its
-    winner is taken only if float32 finds it better than plain rounding in sum, and no linear worse by itself.
+    Candidates are mean|x| ** exponent, first every other exponent of a grid over (0, 1], then the neighbours of the
+    best. The search runs in reduced precision; its winner is taken only if float32 finds it better than plain rounding
+    in sum, and no linear worse by itself.
     weights: float32 [out_features, in_features] each; `reduce` and `expand` map consumer to producer channels and back.
     """
     magnitude = reduce(stats.mean_abs).clamp_min(1e-8)
     if not weights or not magnitude.isfinite().all():
         return None
-    candidates = [_normalized(magnitude ** (step / GRID)) for step in range(1, GRID + 1)]
+
+    def candidate(step: int) -> Tensor:
+        return _normalized(magnitude ** (step / GRID))
+
+    def loss(step: int) -> float:
+        return float(errors(weights, stats.gram, round_weight, expand(candidate(step))).sum())
+
     with fast_matmul():
-        losses = torch.stack([errors(weights, stats.gram, round_weight, expand(s)).sum() for s in candidates])
-    best = candidates[int(losses.argmin())]
+        losses = {step: loss(step) for step in range(2, GRID + 1, 2)}
+        nearest = min(losses, key=losses.__getitem__)
+        losses |= {step: loss(step) for step in (nearest - 1, nearest + 1)}
+    best = candidate(min(losses, key=losses.__getitem__))
     with fast_matmul(enabled=False):
         plain = errors(weights, stats.gram, round_weight, torch.ones_like(stats.mean_abs))
         scaled = errors(weights, stats.gram, round_weight, expand(best))

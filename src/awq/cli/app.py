@@ -43,7 +43,7 @@ class Commands(TyperGroup):
             say(f"error: {_usage_sentence(error)}")
             result = EXIT_WRONG_INPUT
         except AwqError as error:
-            say(f"error: {error}")
+            say(f"error: {' '.join(str(error).split())}")
             result = EXIT_WRONG_INPUT
         code = result if isinstance(result, int) else 0
         return sys.exit(code) if standalone_mode else code

@@ -20,9 +20,7 @@ def hardware(as_json: options.Json = False) -> None:
     devices = [*detect(), describe("cpu")]
     verdicts = [[judge(device, version) for version in KERNEL_VERSIONS] for device in devices]
     if as_json:
-        print_json(
-            [{**asdict(device), "versions": verdict} for device, verdict in zip(devices, verdicts, strict=True)]
-        )
+        print_json([{**asdict(device), "versions": verdict} for device, verdict in zip(devices, verdicts, strict=True)])
         return
     columns = ("device", "torch", "memory", "version", "", "because")
     rows = [row for device, verdict in zip(devices, verdicts, strict=True) for row in _rows(device, verdict)]

@@ -1,0 +1,65 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.cli.run import run, run_json
+
+TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+
+
+@pytest.fixture
+def chatty(quantized: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose tokenizer has a chat template."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(quantized, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_as_json(quantized: Path) -> None:
+    answer = run_json("generate", quantized, "-p", "hello", "--max-new-tokens", 6, "--device", "cpu")
+    assert answer["prompt"] == "hello"
+    assert answer["prompt_tokens"] == 5
+    assert 1 <= answer["new_tokens"] <= 6
+    assert answer["ttft_ms"] > 0
+    assert sum(answer["kernels"].values()) == 14
+
+
+def test_text_on_stdout_and_speed_on_stderr(quantized: Path) -> None:
+    flags = ("--max-new-tokens", 6, "--device", "cpu")
+    shown, answer = (
+        run("generate", quantized, "-p", "hello", *flags),
+        run_json("generate", quantized, "-p", "hello", *flags),
+    )
+    assert shown.exit_code == 0
+    assert shown.stdout.strip() == answer["text"].strip()
+    assert "tokens/s." in shown.stderr
+    assert len(shown.stderr.splitlines()) == 1
+
+
+def test_chat_template_is_used_unless_raw(chatty: Path) -> None:
+    flags = ("--max-new-tokens", 2, "--device", "cpu")
+    assert run_json("generate", chatty, "-p", "hello", *flags)["prompt_tokens"] == len("<hello>:")
+    assert run_json("generate", chatty, "-p", "hello", "--raw", *flags)["prompt_tokens"] == len("hello")
+
+
+def test_sampling_repeats_with_its_seed(quantized: Path) -> None:
+    def answer(seed: int) -> str:
+        sampling = ("--temperature", 2.0, "--top-p", 0.95, "--seed", seed)
+        return str(
+            run_json("generate", quantized, "-p", "a", "--max-new-tokens", 12, "--device", "cpu", *sampling)["text"]
+        )
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize("flags", [("--version", "gemv"), ("--version", "GEMM"), ("--kernel", "reference")])
+def test_kernel_by_name(quantized: Path, flags: tuple[str, str]) -> None:
+    answer = run_json("generate", quantized, "-p", "a", "--max-new-tokens", 2, "--device", "cpu", *flags)
+    if flags[0] == "--kernel":
+        assert answer["kernels"] == {"reference": 14}

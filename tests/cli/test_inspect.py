@@ -1,0 +1,52 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import refused, run, run_json
+
+
+def test_as_json(quantized: Path) -> None:
+    found = run_json("inspect", quantized)
+    assert (found["bits"], found["group_size"], found["zero_point"], found["layout"]) == (4, 32, True, "gemm")
+    assert len(found["linears"]) == 14
+    assert found["outlier_ratio"] == 0.05
+    assert found["calibration"].endswith("built-in prose")
+    assert found["not_converted"] == {"lm_head": "outside the blocks"}
+    for name, linear in found["linears"].items():
+        assert linear["name"] == name
+        assert linear["loss"] <= linear["loss_rounding"]
+        assert linear["loss_with_outliers"] > 0
+    assert found["fp16_channels"] == sum(linear["outliers"] for linear in found["linears"].values())
+
+
+def test_as_a_table(quantized: Path) -> None:
+    shown = run("inspect", quantized).stdout
+    first, second = (shown.index(f"model.layers.{layer}.mlp.up_proj") for layer in (0, 1))
+    assert first < second
+    assert "group size" in shown
+
+
+def test_plot(quantized: Path, tmp_path: Path) -> None:
+    assert run("inspect", quantized, "--plot", tmp_path / "loss.png").exit_code == 0
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def foreign(quantized: Path, tmp_path: Path) -> Path:
+    """A checkpoint of another tool: no report beside it."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(quantized, folder)
+    (folder / "awq_report.json").unlink()
+    return folder
+
+
+def test_a_checkpoint_of_another_tool(foreign: Path) -> None:
+    found = run_json("inspect", foreign)
+    assert len(found["linears"]) == 14
+    assert all(linear["loss"] is None for linear in found["linears"].values())
+    assert run("inspect", foreign).exit_code == 0
+
+
+def test_no_plot_without_a_report(foreign: Path, tmp_path: Path) -> None:
+    assert "awq_report.json" in refused("inspect", foreign, "--plot", tmp_path / "loss.png")

@@ -1,0 +1,95 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+import awq.load
+from awq.errors import KernelNotSupportedError
+from tests.cli.run import run, run_json
+
+WINDOWS = ("--window", 64, "--max-windows", 3, "--device", "cpu")
+SHORT = ("--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--device", "cpu")
+
+
+def test_perplexity(quantized: Path) -> None:
+    found = run_json("eval", quantized, *WINDOWS)
+    assert found["tokens"] == 3 * 63
+    assert found["windows"] == 3
+    assert 1 < found["perplexity"] < 1000
+    assert found["outliers"]
+
+
+def test_agreement_with_the_float_model(quantized: Path, tiny: Path) -> None:
+    kept = run_json("eval", quantized, "--reference", tiny, *WINDOWS)
+    alone = run_json("eval", quantized, "--reference", tiny, "--without-outliers", *WINDOWS)
+    assert 0 < kept["kl_nats"] < alone["kl_nats"]
+    assert kept["reference_perplexity"] == alone["reference_perplexity"]
+    assert 0 < kept["top1_agreement"] <= 1
+    change = 100 * (kept["perplexity"] / kept["reference_perplexity"] - 1)
+    assert kept["perplexity_increase_percent"] == pytest.approx(change)
+
+
+def test_perplexity_of_a_file(quantized: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 100)
+    found = run_json("eval", quantized, "--text", text, *WINDOWS)
+    assert found["text"] == str(text)
+    assert found["tokens"] == 63 + 35
+
+
+def test_evaluation_as_a_table(quantized: Path) -> None:
+    assert "perplexity" in run("eval", quantized, *WINDOWS).stdout
+
+
+def test_latency_of_each_version_and_of_the_float_model(quantized: Path, tiny: Path) -> None:
+    found = run_json("bench", "model", quantized, "--reference", tiny, *SHORT)
+    assert [row["label"] for row in found["rows"]] == ["auto", "GEMM", "GEMV", "float (bfloat16)"]
+    assert all(row["new_tokens"] == 3 and row["tokens_per_second"] > 0 for row in found["rows"])
+    assert found["machine"]["device_type"] == "cpu"
+    assert found["rows"][0]["weight_bytes"] < found["rows"][-1]["weight_bytes"]
+
+
+def test_latency_as_a_table(quantized: Path) -> None:
+    shown = run("bench", "model", quantized, "--version", "gemv", *SHORT)
+    assert shown.exit_code == 0
+    assert "GEMV" in shown.stdout
+    assert "GEMM" not in shown.stdout
+
+
+def test_a_version_that_does_not_run_is_said(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = awq.load.load_quantized
+
+    def refuse(folder: str, *, version: str, **options: object) -> object:
+        if version == "GEMM":
+            raise KernelNotSupportedError("Kernel version not supported on this hardware: too old.")
+        return load(folder, version=version, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(awq.load, "load_quantized", refuse)
+    found = run_json("bench", "model", quantized, *SHORT)
+    assert [row["label"] for row in found["rows"]] == ["auto", "GEMV"]
+    assert found["refused"].keys() == {"GEMM"}
+    assert "too old" in run("bench", "model", quantized, *SHORT).stderr
+
+
+def test_kernels_as_json_csv_and_plot(tmp_path: Path) -> None:
+    files = ("--csv", tmp_path / "rows.csv", "--plot", tmp_path / "rows.png")
+    sizes = ("--shape", "64x128", "--rows", 1, "--rows", 9, "--seconds", 0.001, "--device", "cpu")
+    found = run_json("bench", "kernels", *sizes, *files)
+    assert {(row["version"], row["rows"]) for row in found["rows"]} >= {
+        ("GEMV", 1),
+        ("GEMV", 9),
+        ("GEMM", 1),
+        ("GEMM", 9),
+    }
+    assert found["crossovers"].keys() == {"64x128"}
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(found["rows"])
+    assert {"median_us", "device", "commit"} <= rows[0].keys()
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels_as_a_table() -> None:
+    shown = run("bench", "kernels", "--shape", "64x64", "--rows", 1, "--seconds", 0.001, "--device", "cpu")
+    assert "median" in shown.stdout
+    assert "64x64: GEMM is" in shown.stdout

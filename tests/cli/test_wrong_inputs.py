@@ -1,0 +1,143 @@
+"""Each wrong input of a user ends in one sentence before any long work, with exit code 2."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from awq import recipe
+from tests.cli.run import refused
+from tests.tiny import save_tiny, tiny_llama
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--bits 8", "bits=8"),
+        ("--bits 3", "cannot be stored"),
+        ("--group-size 100", "group_size=100"),
+        ("--group-size 128", "use 64, 32"),
+        ("--outlier-ratio 0.5", "outlier_ratio=0.5"),
+        ("--outlier-ratio -0.1", "outlier_ratio=-0.1"),
+        ("--version turbo", "'turbo'"),
+        ("--device tpu", "'tpu'"),
+        ("--samples 0", "0 samples"),
+        ("--calibration absent.txt", "absent.txt does not exist"),
+        ("--modules-to-not-convert layers", "nothing is left to quantize"),
+    ],
+)
+def test_settings(tiny: Path, out: Path, flags: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "quantize_blocks", None)  # no long work
+    assert part in refused("quantize", tiny, "--output", out, *flags.split())
+    assert not out.exists()
+
+
+def test_cuda_where_there_is_none(tiny: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "'cuda'" in refused("quantize", tiny, "--output", out, "--device", "cuda")
+
+
+@pytest.mark.parametrize("name", ["absent", "./absent", "absent/too/deep"])
+def test_missing_model(name: str, out: Path) -> None:
+    assert f"{name} does not exist" in refused("quantize", name, "--output", out)
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "eval {}", "bench model {}"])
+def test_missing_checkpoint(command: str) -> None:
+    assert "absent does not exist" in refused(*command.format("absent").split())
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "eval {}", "bench model {}"])
+def test_float_model_where_a_checkpoint_is_needed(tiny: Path, command: str) -> None:
+    assert "is not quantized" in refused(*command.format(tiny).split())
+
+
+def test_pickles_only(tiny: Path, tmp_path: Path, out: Path) -> None:
+    model = tmp_path / "pickled"
+    shutil.copytree(tiny, model)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "pickled" in refused("quantize", model, "--output", out)
+
+
+def test_quantized_twice(quantized: Path, out: Path) -> None:
+    assert "already quantized" in refused("quantize", quantized, "--output", out)
+
+
+def test_empty_calibration_file(tiny: Path, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    assert "holds no text" in refused("quantize", tiny, "--output", out, "--calibration", tmp_path / "empty.txt")
+
+
+def test_short_calibration_file(tiny: Path, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    assert "short.txt" in refused("quantize", tiny, "--output", out, "--calibration", tmp_path / "short.txt")
+
+
+def test_output_that_holds_something(tiny: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert "--overwrite" in refused("quantize", tiny, "--output", out)
+    assert (out / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "eval {}"])
+def test_truncated_checkpoint(quantized: Path, tmp_path: Path, command: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(quantized, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "model.safetensors is truncated" in refused(*command.format(broken).split())
+
+
+def test_nan_in_the_weights_names_the_tensor(tmp_path: Path, out: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    folder = save_tiny(tmp_path / "nan", model)
+    sentence = refused("quantize", folder, "--output", out, "--samples", 2, "--seq-len", 64, "--group-size", 32)
+    assert "model.layers.1.mlp.up_proj.weight" in sentence
+
+
+def test_checkpoint_without_a_tokenizer(quantized: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(quantized, bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    assert "has no readable tokenizer" in refused("generate", bare, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("generate {} --prompt x --version turbo", "'turbo'"),
+        ("generate {} --prompt x --kernel warp", "'warp'"),
+        ("generate {} --prompt x --top-p 2", "top_p=2.0"),
+        ("generate {} --prompt x --device cuda:99", "cuda:99"),
+        ("eval {} --text absent.txt", "absent.txt does not exist"),
+        ("eval {} --reference absent", "absent does not exist"),
+        ("eval {} --device abacus", "abacus"),
+        ("bench model {} --version turbo", "'turbo'"),
+        ("bench model {} --reference absent", "absent does not exist"),
+    ],
+)
+def test_settings_of_what_reads_a_checkpoint(quantized: Path, command: str, part: str) -> None:
+    assert part in refused(*command.format(quantized).split())
+
+
+def test_prompt_without_a_token(quantized: Path) -> None:
+    assert "prompt holds no token" in refused("generate", quantized, "--prompt", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [("--shape 64", "'64'"), ("--shape 12x64", "multiple of 8"), ("--shape 64x100", "group size 64 does not divide")],
+)
+def test_settings_of_the_kernel_benchmark(flags: str, part: str) -> None:
+    assert part in refused("bench", "kernels", *flags.split())
