@@ -72,7 +72,8 @@ def test_signatures_take_what_autoawq_took() -> None:
         AutoAWQForCausalLM.from_pretrained: "model_path torch_dtype trust_remote_code safetensors device_map "
         "download_kwargs low_cpu_mem_usage use_cache",
         AutoAWQForCausalLM.from_quantized: "quant_path quant_filename max_seq_len trust_remote_code fuse_layers "
-        "use_exllama use_exllama_v2 use_ipex batch_size safetensors device_map max_memory offload_folder download_kwargs",
+        "use_exllama use_exllama_v2 use_ipex batch_size safetensors device_map max_memory offload_folder "
+        "download_kwargs",
         AwqModel.save_quantized: "self save_dir safetensors shard_size",
     }
     for function, names in old.items():

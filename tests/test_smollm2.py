@@ -58,7 +58,7 @@ def test_every_linear_is_scaled_and_better_than_rounding(quantized: Finished) ->
     for kind, producer in producers.items():
         found = [r["scaled_by"] for name, r in linears.items() if name.endswith(f".{kind}_proj")]
         assert found.count(producer) >= 28  # a scale that would not help is not applied
-    assert all(r["loss"] <= r["loss_rounding"] for r in linears.values())
+    assert all(max(r["loss"], r["loss_with_outliers"]) <= r["loss_rounding"] for r in linears.values())
     assert sum(r["loss"] for r in linears.values()) < 0.8 * sum(r["loss_rounding"] for r in linears.values())
 
 
@@ -75,9 +75,8 @@ def test_it_loads_chats_and_knows_its_capitals(quantized: Finished) -> None:
 def test_kept_channels_help_and_the_int4_alone_beats_rounding(quantized: Finished, text: torch.Tensor) -> None:
     model = find_source(find_embedded_model()).load(torch.float32)
     exact = measured(model, text)
-    quantize_model(
-        model, QuantConfig(group_size=64, outlier_ratio=0, scale=False, clip=False, refit=False), _no_text(), device="cpu"
-    )
+    plain = QuantConfig(group_size=64, outlier_ratio=0, scale=False, clip=False, refit=False)
+    quantize_model(model, plain, _no_text(), device="cpu")
     rounded = measured(_floating(model), text)
     with_channels = measured(load_dequantized(quantized.path), text)
     alone = measured(load_dequantized(quantized.path, outliers=False), text)
@@ -131,6 +130,6 @@ def test_perplexity_on_wikitext(shared_data: Path, tmp_path: Path) -> None:
         model = source.load(torch.float32)
         quantize_model(model, QuantConfig(group_size=64, outlier_ratio=ratio), calibration, device="cpu")
         results[ratio] = perplexity(_floating(model), ids, window=1024, max_windows=12, fast=True)
-    assert results[0.0].value < 21.95
-    assert results[0.01].value < 21.65
+    assert results[0.0].value < 21.9
+    assert results[0.01].value < 21.6
     assert paired_difference(results[0.01], results[0.0]).mean < 0

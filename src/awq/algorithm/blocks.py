@@ -191,7 +191,7 @@ def _outliers(linears: dict[str, _Linear], deltas: dict[str, Tensor], config: Qu
     count = outlier_count(first.module.in_features, config.outlier_ratio)
     channels = choose_channels(list(deltas.values()), first.stats.gram, count)
     index = channels.to(torch.int32)
-    return {name: Outliers(index, residual(delta, channels)) for name, delta in deltas.items()}
+    return {name: Outliers(index, residual(delta, channels, first.stats.gram)) for name, delta in deltas.items()}
 
 
 def _result(

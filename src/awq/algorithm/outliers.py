@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# SmolLM2, 1 %: KL to the float model on prose, code and held-out prose 103, 106, 129 (x 1000) for the original weight,
+# 101, 100, 124 for least squares (0.1), 100, 100, 124 for 0.5; without kept channels 109, 113, 138.
+RIDGE = 0.5
+
 
 def outlier_count(in_features: int, ratio: float) -> int:
     return max(1, round(ratio * in_features)) if ratio > 0 else 0
@@ -22,6 +26,15 @@ def choose_channels(deltas: Sequence[Tensor], gram: Tensor, count: int) -> Tenso
     return cost.topk(count).indices.sort().values
 
 
-def residual(delta: Tensor, channels: Tensor) -> Tensor:
-    """What brings the int4 weight back to the original on `channels`, float16 [k, out_features]."""
-    return -delta[:, channels].t().to(torch.float16).contiguous()
+def residual(delta: Tensor, channels: Tensor, gram: Tensor) -> Tensor:
+    """What the kept channels add to the int4 weight: R, float16 [k, out_features].
+
+    Between giving back the original weight on `channels` (R0 = -delta) and the least-squares fit to the whole error:
+    the R that minimizes tr((delta + R) G (delta + R)^T) + RIDGE * tr((R - R0) diag(G) (R - R0)^T). The refitted scales
+    lean on the errors that R0 would take away.
+    """
+    own = gram[channels][:, channels]
+    damping = RIDGE * own.diagonal().clamp_min(torch.finfo(own.dtype).tiny)
+    right = -(delta @ gram[:, channels]) - delta[:, channels] * damping
+    solution: Tensor = torch.linalg.solve_ex(own + damping.diag(), right.t())[0]
+    return solution.to(torch.float16).contiguous()
