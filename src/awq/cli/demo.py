@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from awq.bench.kernels import KernelBench
     from awq.bench.plots import Salience
-    from awq.evaluate import Perplexity
+    from awq.evaluate import Agreement, Perplexity
     from awq.recipe import Finished
     from awq.source import Source
 
@@ -91,7 +92,7 @@ def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     )
     say("2/5 loading it in a new process and asking it a question")
     chat = ask(folder, PROMPT, device)
-    say("3/5 perplexity of the float model, plain rounding, AWQ, and AWQ with fp16 channels")
+    say("3/5 perplexity, and KL divergence to the float model, of plain rounding, AWQ, and AWQ with fp16 channels")
     perplexities, salience, float_bytes = evaluate(source, finished, device)
     say("4/5 latency of one query for each kernel version")
     settings = {"prompt_tokens": 64, "new_tokens": 32, "repeats": 3}
@@ -135,30 +136,32 @@ def ask(folder: Path, prompt: str, device: torch.device) -> dict[str, Any]:
 def evaluate(
     source: Source, finished: Finished, device: torch.device
 ) -> tuple[dict[str, dict[str, float]], Salience, int]:
-    """Perplexity of each recipe, the salience of one linear, and the bytes of the float model in float16."""
+    """How far each recipe is from the float model, the salience of one linear, and the float model's float16 bytes."""
     import torch
 
     from awq.calibration import load_calibration
-    from awq.evaluate import evaluation_tokens, perplexity
+    from awq.evaluate import compare, evaluation_tokens
     from awq.load import load_dequantized
 
     tokenizer = options.load_tokenizer(str(finished.path))
     ids = evaluation_tokens(tokenizer)
-    found: dict[str, Perplexity] = {}
+    exact: Any = source.load(dtype=torch.float32).to(device)
+    found: dict[str, Agreement] = {}
 
     def measure(label: str, model: Any) -> None:
-        found[label] = perplexity(model.to(device), ids, WINDOW, MAX_WINDOWS, fast=True)
+        found[label] = compare(model.to(device), exact, ids, WINDOW, MAX_WINDOWS, fast=True)
 
-    model: Any = source.load(dtype=torch.float32)
-    float_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
-    measure(FLOAT, model)
-    salience = find_salience(model, finished, load_calibration(tokenizer, samples=4, seq_len=SEQ_LEN).tokens)
-    round_plainly(model, finished.report["linears"])
-    measure(ROUNDED, model)
-    del model
+    rounded = copy.deepcopy(exact)
+    round_plainly(rounded, finished.report["linears"])
+    measure(ROUNDED, rounded)
+    del rounded
     measure(AWQ, load_dequantized(finished.path, outliers=False))
     measure(AWQ_OUTLIERS, load_dequantized(finished.path))
-    return {label: _against(one, found[FLOAT]) for label, one in found.items()}, salience, float_bytes
+    reference = found[ROUNDED].reference_perplexity
+    figures = {FLOAT: _against(reference, reference, 0.0)}
+    figures |= {label: _against(one.perplexity, reference, one.kl) for label, one in found.items()}
+    salience = find_salience(exact, finished, load_calibration(tokenizer, samples=4, seq_len=SEQ_LEN).tokens)
+    return figures, salience, 2 * sum(parameter.numel() for parameter in exact.parameters())
 
 
 def round_plainly(model: Any, names: Iterable[str]) -> None:
@@ -207,12 +210,12 @@ def _input_moments(model: Any, name: str, tokens: Tensor) -> tuple[Tensor, Tenso
     return x.abs().mean(0), x.square().mean(0)
 
 
-def _against(found: Perplexity, reference: Perplexity) -> dict[str, float]:
+def _against(found: Perplexity, reference: Perplexity, kl: float) -> dict[str, float]:
     from awq.evaluate import paired_difference
 
     error = paired_difference(found, reference).error
     increase = 100 * (found.value / reference.value - 1)
-    return {"perplexity": found.value, "standard_error": found.value * error, "increase_percent": increase}
+    return {"perplexity": found.value, "standard_error": found.value * error, "increase_percent": increase, "kl": kl}
 
 
 def sweep(device: torch.device) -> KernelBench:
@@ -262,7 +265,7 @@ def table(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What the demo prints: a name, a figure and a remark a row."""
     rows = []
     for label, one in report["perplexity"].items():
-        change = f"{one['increase_percent']:+.1f} % over float" if label != FLOAT else ""
+        change = f"{one['increase_percent']:+.1f} % over float, KL divergence {one['kl']:.3f}" if label != FLOAT else ""
         rows.append((f"perplexity, {label}", f"{one['perplexity']:.2f}", change))
     of_float = f"{format_bytes(report['float16_bytes'])} in float16"
     rows.append(("checkpoint size", format_bytes(report["size_bytes"]), of_float))
