@@ -30,13 +30,15 @@ def test_one_excluded_name_is_not_its_letters() -> None:
         ({"group_size": 100}, "group_size=100"),
         ({"outlier_ratio": 0.06}, "outlier_ratio=0.06 is out of range"),
         ({"outlier_ratio": -1}, "out of range"),
+        ({"outlier_ratio": "x"}, "out of range"),
+        ([1], "no dictionary"),
         ({"version": "exllama"}, "unknown kernel version 'exllama'"),
         ({"version": None, "grup_size": 1}, "unknown setting 'grup_size'"),
         ({"bits": 4, "w_bit": 3}, "twice"),
         ({"quant_method": "gptq"}, "not AWQ"),
     ],
 )
-def test_wrong_settings_are_one_sentence(settings: dict[str, Any], message: str) -> None:
+def test_wrong_settings_are_one_sentence(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig.from_dict(settings)
 

@@ -145,3 +145,37 @@ def test_nan_weights_stop_it_by_name(tmp_path: Path) -> None:
 def test_a_foreign_tokenizer_is_noticed() -> None:
     with pytest.raises(CalibrationError, match=r"token 299, .* only 200"):
         quantize_model(tiny_llama(vocab_size=200), CONFIG, CalibrationSet(torch.tensor([[1, 299]]), ()), progress=False)
+
+
+def test_a_model_quantized_in_part_is_refused() -> None:
+    model, _ = quantized_tiny()
+    with pytest.raises(ConfigError, match="quantized already"):
+        quantize_model(model, CONFIG, TEXT, device="cpu", progress=False)
+
+
+def test_a_model_spread_over_devices_is_refused() -> None:
+    model = tiny_llama()
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    with pytest.raises(ConfigError, match="spread over 0, cpu"):
+        quantize_model(model, CONFIG, TEXT, device="cpu", progress=False)
+
+
+def test_generation_settings_that_transformers_would_not_save_travel_along(tmp_path: Path) -> None:
+    model, report = quantized_tiny()
+    model.generation_config.temperature = 0.9  # without do_sample, as old models have it
+    save_quantized(model, tmp_path / "awq", report)
+    assert json.loads((tmp_path / "awq" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_a_finished_folder_that_lost_its_weights_is_not_complete(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model")
+    quantize_folder(source, tmp_path / "awq", CONFIG, **SMALL)  # type: ignore[arg-type]
+    (tmp_path / "awq" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        quantize_folder(source, tmp_path / "awq", CONFIG, **SMALL)  # type: ignore[arg-type]
+
+
+def test_a_name_that_excludes_nothing_is_said() -> None:
+    config = QuantConfig(group_size=32, modules_to_not_convert=("typo_proj",))
+    with pytest.warns(UserWarning, match="no module's name has 'typo_proj'"):
+        quantize_model(tiny_llama(), config, TEXT, device="cpu", progress=False)

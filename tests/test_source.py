@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from awq.errors import CheckpointError, ConfigError, ModelNotFoundError
-from awq.source import check_finite, find_source, pick_device, skeleton
+from awq.source import check_finite, find_source, pick_device, pick_dtype, skeleton
 from tests.tiny import save_tiny, tiny_llama
 
 
@@ -96,7 +98,41 @@ def test_nan_weights_are_named() -> None:
         check_finite(model, "tiny")
 
 
-@pytest.mark.parametrize("device", ["warp", "cuda:99"])
+@pytest.mark.parametrize("device", ["warp", "cuda:99", "meta", "mps:3"])
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(ConfigError, match="device"):
         pick_device(device)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "model.norm.weight": torch.ones(32)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight in another shape"):
+        find_source(tmp_path).load()
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        find_source(tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        ("auto", None),
+        ("float16", torch.float16),
+        ("torch.bfloat16", torch.bfloat16),
+        (torch.half, torch.half),
+    ],
+)
+def test_dtypes_by_name(given: Any, expected: Any) -> None:
+    assert pick_dtype(given) is expected
+
+
+@pytest.mark.parametrize("dtype", ["float17", "int8", torch.int8, "nn"])
+def test_dtypes_that_are_none(dtype: Any) -> None:
+    with pytest.raises(ConfigError, match="use float16"):
+        pick_dtype(dtype)

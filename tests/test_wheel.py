@@ -70,7 +70,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path) -> Path:
+def playground(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "llama-tiny", tiny_llama(max_position_embeddings=512))
     return tmp_path
 
@@ -83,16 +83,16 @@ def test_wheel_holds_all_of_the_package(wheel: Path) -> None:
     assert built == kept
 
 
-def test_quantize_and_generate(python: Path, workplace: Path) -> None:
+def test_quantize_and_generate(python: Path, playground: Path) -> None:
     command = python.parent / "awq"
     quantize = ["quantize", "llama-tiny", "--output", "llama-awq", "--group-size", "32", "--samples", "8"]
-    run(workplace, command, *quantize, "--seq-len", "64")
-    assert (workplace / "llama-awq" / "awq_report.json").is_file()
-    assert run(workplace, command, "generate", "llama-awq", "--prompt", "The sea was", "--max-new-tokens", "8")
-    assert run(workplace, python, "-m", "awq", "hardware")
+    run(playground, command, *quantize, "--seq-len", "64")
+    assert (playground / "llama-awq" / "awq_report.json").is_file()
+    assert run(playground, command, "generate", "llama-awq", "--prompt", "The sea was", "--max-new-tokens", "8")
+    assert run(playground, python, "-m", "awq", "hardware")
 
 
-def test_script_written_for_autoawq(python: Path, workplace: Path) -> None:
-    (workplace / "script.py").write_text(SCRIPT)
-    run(workplace, python, "script.py")
-    assert (workplace / "llama-tiny-awq" / "config.json").is_file()
+def test_script_written_for_autoawq(python: Path, playground: Path) -> None:
+    (playground / "script.py").write_text(SCRIPT)
+    run(playground, python, "script.py")
+    assert (playground / "llama-tiny-awq" / "config.json").is_file()

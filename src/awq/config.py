@@ -61,7 +61,7 @@ class QuantConfig:
             raise ConfigError(f"bits={self.bits!r} cannot be quantized: use 4 (2 and 3 only to evaluate).")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise ConfigError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}.")
-        if not 0 <= self.outlier_ratio <= MAX_OUTLIER_RATIO:
+        if not (_is_number(self.outlier_ratio) and 0 <= self.outlier_ratio <= MAX_OUTLIER_RATIO):
             raise ConfigError(
                 f"outlier_ratio={self.outlier_ratio!r} is out of range: use 0 (off) to {MAX_OUTLIER_RATIO}."
             )
@@ -71,6 +71,8 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> Self:
         """Read a user's dictionary in either spelling; an unknown key is a ConfigError that names it."""
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(f"quant_config={settings!r} is no dictionary of settings.")
         known = {field.name for field in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in (settings or {}).items():
@@ -104,6 +106,10 @@ class QuantConfig:
 
     def with_group_size(self, group_size: int) -> Self:
         return replace(self, group_size=group_size)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _name_list(names: str | Iterable[str] | None) -> tuple[str, ...]:

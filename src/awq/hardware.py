@@ -33,7 +33,7 @@ class Device:
     index:         the number in `torch_device`, or in NVML's order for a GPU that torch cannot use
     kind:          "cuda" (NVIDIA), "rocm", "mps" or "cpu"
     capability:    compute capability of an NVIDIA GPU; None where unknown or not NVIDIA
-    memory_bytes:  total memory, 0 where unknown
+    memory_bytes:  total memory (of a CPU, the RAM), 0 where unknown
     uuid:          "GPU-..." of an NVIDIA GPU
     bandwidth_gbs: theoretical memory bandwidth in 1e9 bytes/s, where NVML tells
     torch_device:  such as "cuda:0"; None when this torch cannot use the device
@@ -261,7 +261,16 @@ def _is_entry(gpu: Device, entry: str) -> bool:
 
 
 def _cpu() -> Device:
-    return Device(0, f"CPU ({torch.backends.cpu.get_cpu_capability()})", "cpu", torch_device="cpu")
+    name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    return Device(0, name, "cpu", memory_bytes=_ram(), torch_device="cpu")
+
+
+def _ram() -> int:
+    """Bytes of physical memory, 0 where the system does not tell."""
+    try:
+        return max(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _current_gpu() -> int:

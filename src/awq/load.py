@@ -44,8 +44,11 @@ def load_quantized(
     if dtype is None:
         dtype = _config_dtype(checkpoint) if target.type != "cpu" else torch.bfloat16
 
-    def quant_linear(source: Checkpoint, name: str, _linear: nn.Linear) -> nn.Module:
-        layer = QuantLinear(source.packed(name), source.bias(name), source.outliers(name) if outliers else None)
+    def quant_linear(source: Checkpoint, name: str, linear: nn.Linear) -> nn.Module:
+        bias = source.bias(name)
+        if "bias" in dict(linear.named_parameters()) and bias is None:
+            raise CheckpointError(f"{source.path.name} lacks {name}.bias: copy or download it again.")
+        layer = QuantLinear(source.packed(name), bias, source.outliers(name) if outliers else None)
         layer.to(target)
         layer.prepare(version=version, kernel=kernel, dtype=dtype)
         return layer
@@ -54,7 +57,12 @@ def load_quantized(
 
 
 def load_dequantized(
-    model: str | Path, *, outliers: bool = True, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    model: str | Path,
+    *,
+    outliers: bool = True,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """The checkpoint as a plain float model: what is measured then does not depend on the kernel at hand.
 
@@ -72,7 +80,7 @@ def load_dequantized(
             linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         return linear
 
-    return _assemble(open_checkpoint(find_folder(model)), float_linear, dtype, trust_remote_code)
+    return _assemble(open_checkpoint(find_folder(model, revision=revision)), float_linear, dtype, trust_remote_code)
 
 
 def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:

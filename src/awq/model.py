@@ -15,10 +15,11 @@ from awq.checkpoint.convert import convert_checkpoint
 from awq.config import QuantConfig
 from awq.errors import AwqError, ConfigError
 from awq.load import load_quantized
-from awq.recipe import quantize_model, save_quantized
-from awq.source import find_source
+from awq.recipe import check_model, quantize_model, save_quantized
+from awq.source import Source, find_folder, find_source, pick_device, pick_dtype
 
 # AutoAWQ's keywords that have nothing to act on here, with its defaults: only another value is worth a word.
+_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 _IDLE_FROM_PRETRAINED = {"safetensors": True, "low_cpu_mem_usage": True, "use_cache": False}
 _IDLE_FROM_QUANTIZED = {
     "quant_filename": "",
@@ -117,6 +118,7 @@ class AwqModel(nn.Module):
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise ConfigError("quantize() needs the model's tokenizer to read the calibration text: pass tokenizer=.")
+        check_model(self.model, config, self.name)
         calibration = load_calibration(
             tokenizer,
             calib_data if calib_dataset is None else calib_dataset,
@@ -185,7 +187,8 @@ class AutoAWQForCausalLM:
         revision = model_init_kwargs.pop("revision", (download_kwargs or {}).get("revision"))
         source = find_source(model_path, revision=revision, trust_remote_code=trust_remote_code)
         source.config()
-        model = source.load(dtype or torch_dtype, device_map, **model_init_kwargs)
+        chosen = pick_dtype(dtype if dtype is not None else torch_dtype)
+        model = source.load(chosen or "auto", _float_device_map(device_map, source), **model_init_kwargs)
         return AwqModel(model, name=source.name)
 
     @staticmethod
@@ -207,8 +210,8 @@ class AutoAWQForCausalLM:
         *,
         version: str | None = None,
         kernel: str | None = None,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         **config_kwargs: Any,
     ) -> AwqModel:
@@ -219,16 +222,17 @@ class AutoAWQForCausalLM:
         """
         arguments = {name: value for name, value in locals().items() if name in _IDLE_FROM_QUANTIZED}
         _warn_idle("from_quantized", {**arguments, **config_kwargs}, _IDLE_FROM_QUANTIZED)
+        revision = revision or (download_kwargs or {}).get("revision")
         model = load_quantized(
             quant_path,
             version=version,
             kernel=kernel,
             device=_single_device(device_map),
-            dtype=dtype or torch_dtype,
-            revision=revision or (download_kwargs or {}).get("revision"),
+            dtype=pick_dtype(dtype if dtype is not None else torch_dtype),
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        return AwqModel(model, name=str(quant_path), source=Path(quant_path))
+        return AwqModel(model, name=str(quant_path), source=find_folder(quant_path, revision=revision))
 
 
 def _warn_idle(function: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -238,6 +242,17 @@ def _warn_idle(function: str, given: Mapping[str, Any], defaults: Mapping[str, A
         warnings.warn(f"{function}: {', '.join(idle)} {verb} no effect here and can be dropped.", stacklevel=3)
 
 
+def _float_device_map(device_map: Any, source: Source) -> Any:
+    """Where the float model goes: for "auto" the one GPU if it fits there, else the CPU, from where blocks visit it."""
+    if device_map in _AUTOMATIC:
+        needed = sum(file.stat().st_size for file in source.weight_files())
+        fits = torch.cuda.device_count() == 1 and needed < 0.6 * torch.cuda.mem_get_info()[0]
+        return {"": 0} if fits else None
+    if isinstance(device_map, str | int | torch.device):
+        return {"": pick_device(_single_device(device_map))}
+    return device_map
+
+
 def _single_device(device_map: Any) -> Any:
     """The one device that a device_map comes down to; placing layers on several is not done here."""
     if isinstance(device_map, Mapping):
@@ -245,6 +260,6 @@ def _single_device(device_map: Any) -> Any:
         if len(places) != 1:
             raise ConfigError(f"device_map spreads the model over {', '.join(places)}: give one device.")
         device_map = device_map[next(iter(device_map))]
-    if device_map in (None, "auto", "balanced", "balanced_low_0", "sequential"):
+    if device_map in (None, *_AUTOMATIC):
         return "auto"
     return f"cuda:{device_map}" if isinstance(device_map, int) else device_map

@@ -48,7 +48,16 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
         raise ConfigError("nothing is left to quantize: modules_to_not_convert excludes every linear of the blocks.")
     config, notes = _resolve_group_size(wanted, config)
     _check_shapes(wanted, config)
-    return Plan(config, blocks, tuple(wanted), not_converted, notes)
+    return Plan(config, blocks, tuple(wanted), not_converted, (*notes, *_unmatched(model, config)))
+
+
+def _unmatched(model: nn.Module, config: QuantConfig) -> list[str]:
+    names = [name for name, _ in model.named_modules()]
+    return [
+        f"modules_to_not_convert: no module's name has {part!r} in it."
+        for part in config.modules_to_not_convert
+        if not any(part in name for name in names)
+    ]
 
 
 def _keep_float(name: str, module: nn.Linear, blocks: str, config: QuantConfig) -> str | None:

@@ -19,12 +19,13 @@ from awq import __version__
 from awq.algorithm.blocks import quantize_blocks, storage_dtype
 from awq.calibration import CalibrationSet, load_calibration
 from awq.checkpoint.output import check_output, finished_recipe
+from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.errors import CalibrationError, ConfigError
 from awq.linear import QuantLinear
 from awq.names import of_module, to_stored
-from awq.plan import make_plan
+from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
 
@@ -53,9 +54,8 @@ def quantize_model(
 
     Errors: ConfigError, CheckpointError (NaN weights) and UnsupportedModelError, all before any long work.
     """
-    planned = make_plan(model, config)
+    planned = check_model(model, config, name)
     _check_tokens(model, calibration.tokens, name)
-    check_finite(model, name)
     for note in planned.notes:
         warnings.warn(note, stacklevel=2)
     linears: dict[str, Any] = {}
@@ -78,16 +78,35 @@ def quantize_model(
     }
 
 
+def check_model(model: Any, config: QuantConfig, name: str) -> Plan:
+    """The plan for a model whose weights are there; ConfigError or CheckpointError where they cannot be quantized."""
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise ConfigError(f"{name} is quantized already, at least in part: load its float original again.")
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if len(places) > 1:
+        raise ConfigError(
+            f"{name} is spread over {', '.join(sorted(places))}: load it on one device; blocks visit the GPU in turn."
+        )
+    planned = make_plan(model, config)
+    check_finite(model, name)
+    return planned
+
+
+def check_length(config: Any, seq_len: int, name: str) -> None:
+    """CalibrationError where the model takes no blocks of `seq_len` tokens."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise CalibrationError(f"blocks of {seq_len} tokens are longer than the {longest} that {name} takes.")
+
+
 def _check_tokens(model: Any, tokens: Tensor, name: str) -> None:
+    check_length(model.config, tokens.shape[1], name)
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
         raise CalibrationError(
             f"the calibration text has token {int(tokens.max())}, {name} only {vocabulary}: "
             "pass the tokenizer that belongs to the model."
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and tokens.shape[1] > longest:
-        raise CalibrationError(f"blocks of {tokens.shape[1]} tokens are longer than the {longest} that {name} takes.")
 
 
 def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
@@ -114,9 +133,12 @@ def save_quantized(
     )
 
     def extras(target: Path) -> None:
-        for part in (tokenizer, processor, getattr(model, "generation_config", None)):
+        for part in (tokenizer, processor):
             if part is not None:
                 part.save_pretrained(target)
+        if (generation := getattr(model, "generation_config", None)) is not None:
+            # not by save_pretrained, which refuses what old models came with (a temperature without do_sample)
+            (target / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
     return write_checkpoint(
         Path(folder),
@@ -141,6 +163,7 @@ def quantize_folder(
     samples: int = 128,
     seq_len: int = 512,
     seed: int = 0,
+    text_column: str = "text",
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -160,19 +183,30 @@ def quantize_folder(
     done = finished_recipe(Path(output))
     if done is None:
         check_output(Path(output), overwrite)
-    planned = make_plan(skeleton(source.config(), trust_remote_code=trust_remote_code), config)
+    model_config = source.config()
+    check_length(model_config, seq_len, source.name)
+    planned = make_plan(skeleton(model_config, trust_remote_code=trust_remote_code), config)
     tokenizer = source.tokenizer()
-    needs_model = "self" in calibration
-    float_model = source.load() if needs_model else None
+    float_model = source.load() if "self" in calibration else None
+    if float_model is not None:
+        check_finite(float_model, source.name)
     text = load_calibration(
-        tokenizer, sources=list(calibration) or None, samples=samples, seq_len=seq_len, seed=seed, model=float_model
+        tokenizer,
+        sources=list(calibration) or None,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        text_column=text_column,
+        model=float_model,
     )
     recipe = {
+        "awq": __version__,
         "model": {"name": Path(source.name).name, "fingerprint": source.fingerprint()},
         "config": _config_dict(planned.config),
         "calibration": _calibration_dict(text),
     }
     if done == recipe and not overwrite:
+        open_checkpoint(output)  # a file may have gone since
         return _already_complete(Path(output))
     check_output(Path(output), overwrite)
     float_model = float_model or source.load()

@@ -22,7 +22,7 @@ from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundErro
 
 # Everything a model folder needs and nothing that runs code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
-_SAMPLE_BYTES = 1 << 20
+_SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
 # What readers of damaged files and unknown architectures have been seen to raise.
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
 
@@ -65,16 +65,24 @@ class Source:
         if self.gguf and dtype == "auto":
             dtype = torch.float16
         with _one_sentence(self.name, "weights"):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, device_map=device_map, **self._where, **options
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype,
+                device_map=device_map,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **self._where,
+                **options,
             )
+        model, found = loaded
+        _check_found(self.name, found)
         if self.gguf:
             drop_quantization(model.config)
             model.hf_quantizer = None
         return model.eval()
 
     def fingerprint(self) -> str:
-        """A digest of the configuration and of the weight files' sizes, first and last megabytes."""
+        """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes."""
         digest = hashlib.sha256()
         config = self.folder / "config.json"
         if config.exists() and not self.gguf:
@@ -83,9 +91,9 @@ class Source:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
+                for position in range(0, size, _SAMPLE_EVERY):
+                    file.seek(position)
+                    digest.update(file.read(_SAMPLE_BYTES))
         return digest.hexdigest()
 
 
@@ -163,16 +171,37 @@ def pick_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device {device!r} is unknown: use auto, cpu, cuda or cuda:N.") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA GPUs.")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (chosen.index or 0) >= count.get(chosen.type, 0):
+        raise ConfigError(f"device {str(device)!r} is not there: torch sees {count['cuda']} CUDA GPUs here.")
+    return chosen
+
+
+def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating dtype, given as such or by name; None for None and "auto"; ConfigError for anything else."""
+    if dtype is None or dtype == "auto":
+        return None
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ConfigError(f"dtype {dtype!r} is unknown: use float16, bfloat16, float32 or auto.")
     return chosen
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+
+
+def _check_found(name: str, found: dict[str, Any]) -> None:
+    """CheckpointError for tensors that the weight files lack, or hold in another shape than config.json says."""
+    if mismatched := sorted(str(key[0]) for key in found.get("mismatched_keys", ())):
+        raise CheckpointError(
+            f"{name} holds {mismatched[0]} in another shape than its config.json says: one of them is of another model."
+        )
+    if missing := sorted(found.get("missing_keys", ())):
+        raise CheckpointError(f"{name} lacks {missing[0]} ({len(missing)} tensors in all): copy or download it again.")
 
 
 @contextmanager

@@ -1,10 +1,12 @@
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from awq.bench.generation import Clock, measure_generation, weight_bytes
+from awq.bench.generation import Clock, measure_generation, process_peak, weight_bytes
 from tests.tiny import tiny_llama
 
 
@@ -47,7 +49,19 @@ def test_latency_of_a_model() -> None:
     assert 0 < latency.token_ms_p50 <= latency.token_ms_p90 <= latency.token_ms_p99
     assert latency.ttft_ms > 0
     assert latency.tokens_per_second > 0
-    assert latency.peak_bytes is None
+    assert latency.peak_of == "this process so far"
+    assert latency.peak_bytes is not None
+    assert latency.weight_bytes < latency.peak_bytes <= (process_peak() or 0)
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_of_the_process_in_bytes(platform: str, unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=3000))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert process_peak() == 3000 * unit
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert process_peak() is None
 
 
 @pytest.mark.parametrize("end", [0, 255])

@@ -360,8 +360,12 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         check_output(tmp_path / "file")
     with pytest.raises(ConfigError, match="file is a file"):
         check_output(tmp_path / "file" / "out")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(AwqError, match="not writable"):
+
+    def refuse(**_arguments: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(AwqError, match=r"cannot be written to \(Permission denied\)"):
         check_output(tmp_path / "out")
     monkeypatch.setattr(os.path, "ismount", lambda _: True)
     with pytest.raises(ConfigError, match="mount point"):
@@ -413,3 +417,10 @@ def test_linears_are_taken_one_at_a_time(tmp_path: Path) -> None:
         tmp_path / "out", config=CONFIG, quant=QuantConfig(group_size=32), linears=linears(), floats=[], report={}
     )
     assert alive == list(range(5))
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    for process in (2**22 + 1, os.getppid()):  # no such process; one that runs
+        (tmp_path / f".out.partial-{process}").mkdir()
+    write_small(tmp_path / "out")
+    assert [path.name for path in tmp_path.glob(".out*")] == [f".out.partial-{os.getppid()}"]

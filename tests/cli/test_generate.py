@@ -1,9 +1,11 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+import awq.load
 from tests.cli.run import run, run_json
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -56,6 +58,22 @@ def test_sampling_repeats_with_its_seed(quantized: Path) -> None:
 
     assert answer(1) == answer(1)
     assert len({answer(seed) for seed in range(4)}) > 1
+
+
+def test_revision_and_trust_arrive(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    load = awq.load.load_quantized
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(options)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(awq.load, "load_quantized", spy)
+    flags = ("--max-new-tokens", 2, "--device", "cpu", "--revision", "v1", "--trust-remote-code")
+    run_json("generate", quantized, "-p", "a", *flags)
+    (options,) = seen
+    assert options["revision"] == "v1"
+    assert options["trust_remote_code"]
 
 
 @pytest.mark.parametrize("flags", [("--version", "gemv"), ("--version", "GEMM"), ("--kernel", "reference")])

@@ -1,7 +1,11 @@
+import os
+
 import pytest
 
 from awq import hardware
+from awq.cli.output import format_bytes
 from awq.hardware import Device
+from awq.kernels import select_kernel_version
 from tests.cli.run import run, run_json
 
 OLD = Device(0, "GeForce GTX 960", "cuda", (5, 2), 4 * 2**30, "GPU-1")
@@ -12,7 +16,11 @@ def test_the_cpu_runs_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     (cpu,) = run_json("hardware")
     assert cpu["kind"] == "cpu"
     assert {verdict["version"] for verdict in cpu["versions"]} == {"GEMM", "GEMV"}
-    assert all(verdict["available"] and verdict["reason"] for verdict in cpu["versions"])
+    for verdict in cpu["versions"]:
+        how = select_kernel_version(version=verdict["version"], device="cpu").how
+        assert verdict["available"]
+        assert verdict["reason"] == f"by {how}"
+    assert cpu["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 2**28
 
 
 def test_a_gpu_that_is_too_old_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +39,10 @@ def test_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.exit_code == 0
     assert "not available" in shown.stdout
     assert "4.29 GB" in shown.stdout
+    assert format_bytes(hardware.describe("cpu").memory_bytes) in shown.stdout
+    assert "as asked" not in shown.stdout
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert hardware.describe("cpu").memory_bytes == 0

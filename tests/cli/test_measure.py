@@ -1,9 +1,11 @@
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import awq.load
+import awq.source
 from awq.errors import KernelNotSupportedError
 from tests.cli.run import run, run_json
 
@@ -46,6 +48,8 @@ def test_latency_of_each_version_and_of_the_float_model(quantized: Path, tiny: P
     assert [row["label"] for row in found["rows"]] == ["auto", "GEMM", "GEMV", "float (bfloat16)"]
     assert all(row["new_tokens"] == 3 and row["tokens_per_second"] > 0 for row in found["rows"])
     assert found["machine"]["device_type"] == "cpu"
+    assert all(row["peak_bytes"] > row["weight_bytes"] for row in found["rows"])
+    assert {row["peak_of"] for row in found["rows"]} == {"this process so far"}
     assert found["rows"][0]["weight_bytes"] < found["rows"][-1]["weight_bytes"]
 
 
@@ -54,6 +58,7 @@ def test_latency_as_a_table(quantized: Path) -> None:
     assert shown.exit_code == 0
     assert "GEMV" in shown.stdout
     assert "GEMM" not in shown.stdout
+    assert "this process so far" in " ".join(shown.stdout.split())
 
 
 def test_a_version_that_does_not_run_is_said(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +74,44 @@ def test_a_version_that_does_not_run_is_said(quantized: Path, monkeypatch: pytes
     assert [row["label"] for row in found["rows"]] == ["auto", "GEMV"]
     assert found["refused"].keys() == {"GEMM"}
     assert "too old" in run("bench", "model", quantized, *SHORT).stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "loader"), [(("eval", *WINDOWS), "load_dequantized"), (("bench", "model", *SHORT), "load_quantized")]
+)
+def test_revision_and_trust_arrive(
+    command: tuple[str, ...], loader: str, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    load, find = getattr(awq.load, loader), awq.source.find_source
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(options)
+        return load(*arguments, **options)
+
+    def spy_source(model: str, **options: Any) -> Any:
+        seen.append(options)
+        return find(model, **options)
+
+    monkeypatch.setattr(awq.load, loader, spy)
+    monkeypatch.setattr(awq.source, "find_source", spy_source)
+    run_json(*command, quantized, "--reference", tiny, "--revision", "v1", "--trust-remote-code")
+    reference, *loads = seen
+    assert reference == {"trust_remote_code": True}  # the revision is the checkpoint's
+    assert loads
+    assert all(options["revision"] == "v1" and options["trust_remote_code"] for options in loads)
+
+
+def test_perplexity_of_a_named_column(quantized: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"body": "' + "a" * 100 + '"}')
+    assert run_json("eval", quantized, "--text", rows, "--text-column", "body", *WINDOWS)["tokens"] == 63 + 35
+
+
+def test_another_versions_name_is_said(quantized: Path) -> None:
+    with pytest.warns(UserWarning, match="'marlin' means GEMM"):
+        found = run_json("bench", "model", quantized, "--version", "marlin", *SHORT)
+    assert [row["label"] for row in found["rows"]] == ["GEMM"]
 
 
 def test_kernels_as_json_csv_and_plot(tmp_path: Path) -> None:

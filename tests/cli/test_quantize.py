@@ -39,6 +39,7 @@ def test_defaults(calls: list[tuple[Any, ...]]) -> None:
     assert (model, output, config) == ("model", Path("out"), QuantConfig())
     assert options == {
         "calibration": (),
+        "text_column": "text",
         "samples": 128,
         "seq_len": 512,
         "seed": 0,
@@ -53,7 +54,7 @@ def test_defaults(calls: list[tuple[Any, ...]]) -> None:
 def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
     flags = (
         "--bits 4 --group-size 64 --symmetric --version gemv --outlier-ratio 0.01 --modules-to-not-convert a "
-        "--modules-to-not-convert b --calibration code --calibration more.txt --samples 8 --seq-len 256 --device cpu "
+        "--modules-to-not-convert b --calibration code --calibration more.txt --text-column body --samples 8 --seq-len 256 --device cpu "
         "--seed 3 --overwrite --revision v1 --trust-remote-code --verify full"
     )
     assert run("quantize", "model", "-o", "out", *flags.split()).exit_code == 0
@@ -61,6 +62,7 @@ def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
     assert config == QuantConfig(4, 64, False, "gemv", ("a", "b"), 0.01)
     assert options == {
         "calibration": ("code", "more.txt"),
+        "text_column": "body",
         "samples": 8,
         "seq_len": 256,
         "seed": 3,

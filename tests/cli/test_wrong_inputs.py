@@ -29,6 +29,7 @@ def out(tmp_path: Path) -> Path:
         ("--device tpu", "'tpu'"),
         ("--samples 0", "0 samples"),
         ("--calibration absent.txt", "absent.txt does not exist"),
+        ("--calibration nosuchset", "nosuchset does not exist"),
         ("--modules-to-not-convert layers", "nothing is left to quantize"),
     ],
 )
@@ -78,6 +79,14 @@ def test_empty_calibration_file(tiny: Path, tmp_path: Path, out: Path) -> None:
 def test_short_calibration_file(tiny: Path, tmp_path: Path, out: Path) -> None:
     (tmp_path / "short.txt").write_text("too short")
     assert "short.txt" in refused("quantize", tiny, "--output", out, "--calibration", tmp_path / "short.txt")
+
+
+def test_calibration_rows_without_the_text_column(tiny: Path, tmp_path: Path, out: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"no": 1}')
+    assert "its columns are 'no'" in refused("quantize", tiny, "--output", out, "--calibration", rows)
+    flags = ("--calibration", rows, "--text-column", "no")
+    assert "holds a int where text is needed" in refused("quantize", tiny, "--output", out, *flags)
 
 
 def test_output_that_holds_something(tiny: Path, out: Path) -> None:

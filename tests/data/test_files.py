@@ -7,8 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
+from awq.data import files
 from awq.data.files import read_texts
 from awq.errors import CalibrationError, MissingDependencyError
 
@@ -56,7 +60,7 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"body": [*TEXTS, None], "n": [1, 2, 3, 4]}), path)
     assert read_texts(path, text_column="body") == TEXTS
-    with pytest.raises(CalibrationError, match="no text column 'text': it has body, n"):
+    with pytest.raises(CalibrationError, match="no text column 'text', its columns are 'body', 'n': name"):
         read_texts(path)
     with pytest.raises(CalibrationError, match="holds a int where text is needed"):
         read_texts(path, text_column="n")
@@ -93,7 +97,7 @@ def test_a_folder_in_order_without_hidden_and_binary_files(tmp_path: Path) -> No
         ("a.json", "[]", "holds no text"),
         ("a.jsonl", '{"text": "x"}\n{"tex', "not valid JSON at line 2"),
         ("a.json", '["x"', "not valid JSON at line 1"),
-        ("a.jsonl", '{"body": "x", "id": 3}', "no text column 'text': it has body, id; name one"),
+        ("a.jsonl", '{"body": "x", "id": 3}', "no text column 'text', its columns are 'body', 'id': name the one"),
         ("a.jsonl", '{"text": ["x"]}', "holds a list where text is needed"),
         ("a.txt", "nul \0 byte", "not readable as UTF-8"),
     ],
@@ -104,13 +108,21 @@ def test_bad_files_get_a_sentence(tmp_path: Path, name: str, text: str, message:
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["absent.txt", "./absent", "/no/such/folder", "~/nowhere/at/all", "two words"])
+@pytest.mark.parametrize("source", ["absent.txt", "./absent", "/no/such/folder", "~/nowhere/at/all", "two words", "typo"])
 def test_what_can_only_be_a_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
-    with pytest.raises(CalibrationError, match="does not exist"):
+    sentence = r"does not exist: give a file, a folder, a hub data set as owner/name or, to calibrate, prose, code or"
+    with pytest.raises(CalibrationError, match=sentence):
         read_texts(source)
 
 
+@pytest.fixture
+def _hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that answers, whatever this machine is connected to."""
+    monkeypatch.setattr(files, "_hub_answers", lambda: True)
+
+
+@pytest.mark.usefixtures("_hub")
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -120,12 +132,13 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     assert read_texts("owner/texts", "validation", "body") == TEXTS
-    assert read_texts("texts:part-1", text_column="body") == TEXTS
-    assert asked == [("owner/texts", None, "validation"), ("texts", "part-1", "train")]
+    assert read_texts("owner/texts:part-1", text_column="body") == TEXTS
+    assert asked == [("owner/texts", None, "validation"), ("owner/texts", "part-1", "train")]
     with pytest.raises(CalibrationError, match="owner/texts has no text column 'text'"):
         read_texts("owner/texts")
 
 
+@pytest.mark.usefixtures("_hub")
 def test_an_endless_hub_data_set_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[dict[str, str]]:
         while True:
@@ -135,11 +148,38 @@ def test_an_endless_hub_data_set_is_not_read_whole(monkeypatch: pytest.MonkeyPat
     assert len(read_texts("owner/texts")) == 10_000
 
 
-@pytest.mark.parametrize("error", [ConnectionError, FileNotFoundError, ValueError])
-def test_an_unreachable_data_set_gets_a_sentence(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+@pytest.mark.usefixtures("_hub")
+@pytest.mark.parametrize("error", [FileNotFoundError, ValueError])
+def test_an_unreadable_data_set_gets_a_sentence(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def load_dataset(*_: Any, **__: Any) -> None:
-        raise error("offline\nand a long trace")
+        raise error("no such set.\nand a long trace")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(CalibrationError, match=r"'typo' is no file, .* could not be read: offline$"):
-        read_texts("typo")
+    with pytest.raises(CalibrationError, match=r"owner/typo is no file .* could not be read \(no such set\): give a file"):
+        read_texts("owner/typo")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def head(address: str, timeout: float) -> None:
+        asked.append(address)
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    with pytest.raises(CalibrationError, match=r"^owner/texts is no file .*hub cannot be reached: give a file"):
+        read_texts("owner/texts")
+    assert asked == [constants.ENDPOINT]
+
+
+def test_offline_on_purpose_only_the_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_session", None)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(CalibrationError, match="since HF_HUB_OFFLINE is set: give a file"):
+        read_texts("owner/texts")

@@ -11,7 +11,7 @@ import torch
 from awq import kernels
 from awq.errors import AwqError, ConfigError, KernelNotSupportedError
 from awq.hardware import Device, describe
-from awq.kernels import KERNELS, Choice, Kernel, LinearSpec, select, select_kernel_version
+from awq.kernels import KERNELS, Choice, Kernel, LinearSpec, pinned_version, select, select_kernel_version
 from awq.kernels.portable import Portable
 
 SPEC = LinearSpec(64, 64, 32)
@@ -107,6 +107,21 @@ def test_an_explicit_version_is_taken_for_any_rows(asked: str, version: str, not
         choice = select_kernel_version((8, 6), rows=rows, version=asked)
         assert choice.version == version and "as asked" in choice.reason
         assert (repr(asked) in choice.reason) is notice
+
+
+@pytest.mark.parametrize(
+    ("asked", "version"), [("marlin", "GEMM"), ("GEMV_fast", "GEMV"), ("gemv-fast", "GEMV"), ("gemvfast", "GEMV")]
+)
+def test_the_name_of_another_version_is_said(asked: str, version: str) -> None:
+    with pytest.warns(UserWarning, match=f"version '{asked}' means {version} here"):
+        assert pinned_version(asked, notice=True) == version
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "GEMM", "gemm", "GEMV", "Gemv"])
+def test_nothing_is_said_of_a_versions_own_name(asked: str | None, recwarn: pytest.WarningsRecorder) -> None:
+    pinned_version(asked, notice=True)
+    pinned_version("marlin")  # once a load, not once a layer
+    assert not recwarn.list
 
 
 def test_auto_means_by_rows() -> None:

@@ -88,18 +88,19 @@ def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device:
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns_tuple: bool, device: torch.device) -> Chunk:
     inputs: list[Tensor] = []
     calls: list[Call] = []
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # what blocks share, such as masks and rotary tables, is moved once
 
     def pass_through(*args: Any, **kwargs: Any) -> Any:
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
         inputs.append(hidden)
-        calls.append(Call(_moved(tuple(rest), device), _moved(kwargs, device)))
+        calls.append(Call(_moved(tuple(rest), device, moved), _moved(kwargs, device, moved)))
         if len(calls) == len(blocks):
             raise _Stop
         return (hidden, None) if returns_tuple else hidden
 
     with _replaced_forward(list(blocks), pass_through):
         _forward(model, tokens)
-    return Chunk(_moved(inputs[0], device), calls)
+    return Chunk(_moved(inputs[0], device, moved), calls)
 
 
 def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> bool:
@@ -138,14 +139,16 @@ def _replaced_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
                 module.forward = original
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors anywhere in `value` on `device`, floating ones in float32."""
+def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
     if isinstance(value, Tensor):
-        return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+        if id(value) not in memo:
+            memo[id(value)] = value, value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+        return memo[id(value)][1]
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved(item, device, memo) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved(item, device, memo) for item in value)
     return value
 
 

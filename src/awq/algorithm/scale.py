@@ -37,7 +37,7 @@ def search_scale(
     with fast_matmul():
         losses = {step: loss(step) for step in range(2, GRID + 1, 2)}
         nearest = min(losses, key=losses.__getitem__)
-        losses |= {step: loss(step) for step in (nearest - 1, nearest + 1)}
+        losses |= {step: loss(step) for step in (nearest - 1, nearest + 1) if step <= GRID}
     best = candidate(min(losses, key=losses.__getitem__))
     with fast_matmul(enabled=False):
         plain = errors(weights, stats.gram, round_weight, torch.ones_like(stats.mean_abs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.bench.timing import percentile, synchronize
+
+PEAK_OF_GPU, PEAK_OF_PROCESS = "torch on the GPU", "this process so far"
 
 
 class Streamer(Protocol):
@@ -62,7 +65,9 @@ class Clock:
 class Latency:
     """One model, one query at a time: times in milliseconds, memory in bytes.
 
-    weight_bytes: parameters and buffers; peak_bytes: the most that torch held on the GPU, None on a CPU
+    weight_bytes: parameters and buffers
+    peak_bytes:   the most memory held, None where the system does not tell; `peak_of` says of what: torch on the GPU
+                  during these queries, or, on a CPU, the whole process since its start (resident)
     """
 
     label: str
@@ -76,6 +81,7 @@ class Latency:
     tokens_per_second: float
     weight_bytes: int
     peak_bytes: int | None
+    peak_of: str
 
 
 def measure_generation(
@@ -104,8 +110,19 @@ def measure_generation(
         token_ms_p99=1e3 * percentile(steps, 99),
         tokens_per_second=len(steps) / sum(steps),
         weight_bytes=weight_bytes(model),
-        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_peak(),
+        peak_of=PEAK_OF_GPU if device.type == "cuda" else PEAK_OF_PROCESS,
     )
+
+
+def process_peak() -> int | None:
+    """The most bytes that this process ever had in RAM (resident set size); None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def weight_bytes(model: nn.Module) -> int:

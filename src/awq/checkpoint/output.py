@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,8 @@ def finished_recipe(folder: str | Path) -> dict[str, Any] | None:
 def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its place on success and is removed on any exception."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     stage = _sibling(target, "partial")
-    shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
     try:
         yield stage
@@ -83,8 +84,10 @@ def _check_place(path: Path, expected_bytes: int) -> None:
     parent = next(place for place in path.parents if place.exists())
     if not parent.is_dir():
         raise ConfigError(f"{path} cannot be made, because {parent} is a file: choose another folder.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise AwqError(f"{parent} is not writable: choose another output folder, or change its permissions.")
+    try:
+        Path(tempfile.mkdtemp(dir=parent)).rmdir()
+    except OSError as error:
+        raise AwqError(f"{parent} cannot be written to ({error.strerror}): choose another output folder.") from None
     if (free := shutil.disk_usage(parent).free) < expected_bytes:
         raise AwqError(
             f"{path} needs {expected_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free: make room or "
@@ -112,6 +115,24 @@ def _replace(target: Path, stage: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left behind: their process, named last, is gone."""
+    for left in target.parent.glob(f".{target.name}.partial-*"):
+        process = left.name.rpartition("-")[2]
+        if not process.isdigit() or int(process) == os.getpid() or not _runs(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _sibling(target: Path, purpose: str) -> Path:

@@ -26,6 +26,8 @@ def generate(
     version: options.Version = None,
     kernel: Annotated[str | None, typer.Option(help="One backend by name, for bug reports.")] = None,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Answer one prompt with a quantized model."""
@@ -38,8 +40,15 @@ def generate(
     from awq.bench.generation import Clock
     from awq.load import load_quantized
 
-    tokenizer = options.load_tokenizer(checkpoint)
-    model = load_quantized(checkpoint, version=version, kernel=kernel, device=target)
+    tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
+    model = load_quantized(
+        checkpoint,
+        version=version,
+        kernel=kernel,
+        device=target,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}

@@ -22,13 +22,13 @@ def hardware(as_json: options.Json = False) -> None:
     if as_json:
         print_json([{**asdict(device), "versions": verdict} for device, verdict in zip(devices, verdicts, strict=True)])
         return
-    columns = ("device", "torch", "memory", "version", "", "because")
+    columns = ("device", "torch", "memory", "version", "", "how, or why not")
     rows = [row for device, verdict in zip(devices, verdicts, strict=True) for row in _rows(device, verdict)]
     print_table("Kernel versions by device", columns, rows)
 
 
 def judge(device: Device, version: str) -> dict[str, Any]:
-    """Whether a version runs on a device, and the reason either way."""
+    """Whether a version runs on a device, and how it does or why not."""
     from awq.errors import KernelNotSupportedError
     from awq.kernels import select_kernel_version
 
@@ -36,7 +36,7 @@ def judge(device: Device, version: str) -> dict[str, Any]:
         choice = select_kernel_version(version=version, device=device)
     except KernelNotSupportedError as error:
         return {"version": version, "available": False, "reason": str(error)}
-    return {"version": version, "available": True, "reason": choice.reason}
+    return {"version": version, "available": True, "reason": f"by {choice.how}"}
 
 
 def _rows(device: Device, verdicts: list[dict[str, Any]]) -> list[tuple[object, ...]]:

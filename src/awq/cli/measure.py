@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,12 +34,15 @@ def evaluate(
     checkpoint: options.Checkpoint,
     reference: Reference = None,
     text: Annotated[str | None, typer.Option(help="A text, jsonl or parquet file.", show_default=BUILT_IN_TEXT)] = None,
+    text_column: options.TextColumn = "text",
     without_outliers: Annotated[
         bool, typer.Option("--without-outliers", help="The int4 weights alone, as other engines run them.")
     ] = False,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows.")] = None,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, and agreement with the float model."""
@@ -48,9 +51,12 @@ def evaluate(
     from awq.load import load_dequantized
     from awq.source import find_source
 
-    source = find_source(reference) if reference else None
-    ids = evaluation_tokens(options.load_tokenizer(checkpoint), text)
-    model = load_dequantized(checkpoint, outliers=not without_outliers).to(target)
+    source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None
+    tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
+    ids = evaluation_tokens(tokenizer, text, text_column=text_column)
+    model = load_dequantized(
+        checkpoint, outliers=not without_outliers, revision=revision, trust_remote_code=trust_remote_code
+    ).to(target)
     result: dict[str, Any] = {"model": checkpoint, "outliers": not without_outliers, "text": text or BUILT_IN_TEXT}
     if source is None:
         measured = perplexity(model, ids, window, max_windows)
@@ -91,6 +97,8 @@ def bench_model(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Queries a version.")] = 3,
     device: options.Device = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -100,10 +108,11 @@ def bench_model(
     from awq.kernels import pinned_version
     from awq.source import find_source
 
-    source = find_source(reference) if reference else None
-    versions = [pinned_version(word) or AUTO for word in version or (AUTO, *KERNEL_VERSIONS)]
+    source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None
+    versions = [pinned_version(word, notice=True) or AUTO for word in version or (AUTO, *KERNEL_VERSIONS)]
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "seed": seed}
-    rows, refused = bench_versions(checkpoint, versions, target, **settings)
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    rows, refused = bench_versions(checkpoint, versions, target, origin, **settings)
     if source:
         rows.append(bench_float(source.load, target, **settings))
     machine = machine_facts(target)
@@ -113,10 +122,12 @@ def bench_model(
     for label, reason in refused.items():
         say(f"{label}: {reason}")
     title = f"One query of {prompt_tokens} + {new_tokens} tokens on {machine['device']}, torch {machine['torch']}"
-    print_table(title, LATENCY_COLUMNS, map(latency_cells, rows))
+    print_table(title, latency_columns(rows), map(latency_cells, rows))
 
 
-LATENCY_COLUMNS = ("version", "TTFT [ms]", "ms/token p50", "p90", "p99", "tokens/s", "weights", "peak memory")
+def latency_columns(rows: Sequence[Latency]) -> tuple[str, ...]:
+    peak = f"peak memory: {rows[0].peak_of}" if rows else "peak memory"
+    return ("version", "TTFT [ms]", "ms/token p50", "p90", "p99", "tokens/s", "weights", peak)
 
 
 def latency_cells(row: Latency) -> tuple[object, ...]:
@@ -125,9 +136,13 @@ def latency_cells(row: Latency) -> tuple[object, ...]:
 
 
 def bench_versions(
-    checkpoint: str | Path, versions: Sequence[str], device: torch.device, **settings: int
+    checkpoint: str | Path,
+    versions: Sequence[str],
+    device: torch.device,
+    origin: Mapping[str, Any] | None = None,
+    **settings: int,
 ) -> tuple[list[Latency], dict[str, str]]:
-    """A row for each version that runs here, and why the others do not."""
+    """A row for each version that runs here, and why the others do not; `origin` goes to `load_quantized`."""
     from awq.bench.generation import measure_generation
     from awq.load import load_quantized
 
@@ -135,7 +150,7 @@ def bench_versions(
     refused: dict[str, str] = {}
     for version in versions:
         try:
-            model = load_quantized(checkpoint, version=version, device=device)
+            model = load_quantized(checkpoint, version=version, device=device, **origin or {})
         except KernelNotSupportedError as error:
             refused[version] = str(error)
             continue

@@ -16,6 +16,7 @@ Device = Annotated[str, typer.Option(help="auto (the first CUDA GPU, else the CP
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
+TextColumn = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and hub rows.")]
 Version = Annotated[str | None, typer.Option(help="Pin the kernel version, GEMM or GEMV; else chosen per call.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder or a hub id.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
@@ -38,7 +39,7 @@ def torch_device(word: str) -> torch.device:
     return pick_device(word)
 
 
-def load_tokenizer(folder: str, revision: str | None = None) -> Any:
+def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
     from transformers import AutoTokenizer
 
@@ -47,6 +48,6 @@ def load_tokenizer(folder: str, revision: str | None = None) -> Any:
 
     path = find_folder(folder, revision=revision)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error

@@ -11,16 +11,19 @@ from typing import Any
 
 from awq.errors import CalibrationError, MissingDependencyError
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _FILE_SUFFIXES = {".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".parquet"}
 # A hub data set is streamed: this many rows give more tokens than calibration takes.
 _HUB_ROWS = 10_000
+_HUB_TIMEOUT = 10  # seconds
+_NAME_COLUMN = "name the one with text, by text_column or --text-column"
+_INSTEAD = "give a file, a folder, a hub data set as owner/name or, to calibrate, prose, code or self"
 
 
 def read_texts(source: str | Path, split: str = "train", text_column: str = "text") -> list[str]:
     """The documents of a file (.jsonl, .json, .parquet, else plain text), of a folder of such, or of a hub data set.
 
-    A hub data set is `owner/name` or `owner/name:config`; `split` applies to it alone. `text_column` names the key or
+    A hub data set is `owner/name` or `owner/name:config`, never one word; `split` applies to it alone. `text_column` names the key or
     column of .jsonl, .json, .parquet and hub rows. Blank documents are left out. CalibrationError where there is no
     text to read, MissingDependencyError where an optional package is needed: one sentence each.
     """
@@ -30,7 +33,7 @@ def read_texts(source: str | Path, split: str = "train", text_column: str = "tex
     elif path.is_file():
         texts = _read_file(path, text_column)
     elif path.suffix.lower() in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(str(source)):
-        raise CalibrationError(f"the text {source} does not exist: give a file, a folder or a hub data set name.")
+        raise CalibrationError(f"the text {source} does not exist: {_INSTEAD}.")
     else:
         texts = _read_hub(str(source), split, text_column)
     texts = [text for text in texts if text.strip()]
@@ -104,20 +107,46 @@ def _read_hub(name: str, split: str, text_column: str) -> list[str]:
         import datasets
     except ImportError:
         raise MissingDependencyError(
-            f"{name!r} is no file, no folder and no built-in text (prose, code, self), and reading it as a hub "
-            "data set needs the package datasets: run `pip install datasets`."
+            f"{name} is no file or folder, and reading it as a hub data set needs the package datasets: "
+            "run `pip install datasets`."
         ) from None
+    if not _hub_answers():
+        raise _unreachable(name)
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split=split, streaming=True)
         return _column(islice(rows, _HUB_ROWS), text_column, name)
     except CalibrationError:
         raise
+    except ConnectionError:
+        raise _unreachable(name) from None
     except (OSError, ValueError, RuntimeError) as error:
+        reason = _first_line(error).rstrip(".")
         raise CalibrationError(
-            f"{name!r} is no file, no folder and no built-in text (prose, code, self), and split {split!r} of a hub "
-            f"data set of that name could not be read: {_first_line(error)}"
+            f"{name} is no file or folder, and split {split!r} of a hub data set of that name could not be read "
+            f"({reason}): {_INSTEAD}."
         ) from None
+
+
+def _hub_answers() -> bool:
+    """Asked once, where `datasets` would retry for half a minute; offline on purpose, its cache may still serve."""
+    import httpx
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
+
+
+def _unreachable(name: str) -> CalibrationError:
+    from huggingface_hub import constants
+
+    why = "is not asked, since HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "cannot be reached"
+    return CalibrationError(f"{name} is no file or folder, and the hub {why}: {_INSTEAD}, once it can be reached.")
 
 
 def _column(records: Iterable[Any], name: str, source: str | Path) -> list[str]:
@@ -128,13 +157,14 @@ def _column(records: Iterable[Any], name: str, source: str | Path) -> list[str]:
             raise _missing_column(name, source, list(record))
         value = record[name] if isinstance(record, dict) else record
         if value is not None and not isinstance(value, str):
-            raise CalibrationError(f"{source} holds a {type(value).__name__} where text is needed: name a text column.")
+            raise CalibrationError(f"{source} holds a {type(value).__name__} where text is needed: {_NAME_COLUMN}.")
         texts.append(value or "")
     return texts
 
 
 def _missing_column(name: str, source: str | Path, columns: list[str]) -> CalibrationError:
-    return CalibrationError(f"{source} has no text column {name!r}: it has {', '.join(columns)}; name one of these.")
+    known = ", ".join(map(repr, columns)) or "none"
+    return CalibrationError(f"{source} has no text column {name!r}, its columns are {known}: {_NAME_COLUMN}.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -57,12 +58,13 @@ UNPREPARED = Choice(Reference(), None, "reference: not prepared for its device y
 
 @dataclass(frozen=True)
 class VersionChoice:
-    """ "GEMM" or "GEMV", why, by which kernel, and why the other version was not taken."""
+    """ "GEMM" or "GEMV", why, by which kernel and how, and why the other version was not taken."""
 
     version: str
     reason: str
     refused: dict[str, str]
     kernel: str
+    how: str
 
 
 def select(
@@ -115,15 +117,21 @@ def select_kernel_version(
     else:
         why = f"{taken} for {count}: GEMV serves up to {limit} rows, GEMM more"
         why_not = f"it serves {'more than' if taken == 'GEMV' else 'up to'} {limit} rows"
-    reason = f"{why}; {target} runs it by {choice.kernel.versions[taken]}{_unusable(target)}"
-    return VersionChoice(taken, reason, {other: why_not}, choice.kernel.name)
+    how = f"{choice.kernel.versions[taken]}{_unusable(target)}"
+    return VersionChoice(taken, f"{why}; {target} runs it by {how}", {other: why_not}, choice.kernel.name, how)
 
 
-def pinned_version(version: str | None) -> str | None:
-    """ "GEMM" or "GEMV" for any spelling of it, None for None and "auto"; ConfigError for the rest."""
+def pinned_version(version: str | None, notice: bool = False) -> str | None:
+    """ "GEMM" or "GEMV" for any spelling of it, None for None and "auto"; ConfigError for the rest.
+
+    notice: warn where the version is another's name ("marlin", "gemv_fast"), which runs as GEMM or GEMV here
+    """
     if version is None or str(version).lower() == "auto":
         return None
-    return canonical_version(version)
+    pinned = canonical_version(version)
+    if notice and version.upper() != pinned:
+        warnings.warn(f"version {version!r} means {pinned} here: the same result, by this package's kernel.", stacklevel=3)
+    return pinned
 
 
 def _candidates(name: str | None) -> tuple[Kernel, ...]:
