@@ -47,6 +47,7 @@ def test_files_that_autoawq_wrote_answer_as_it_said(shared_data: Path, name: str
     assert (logits - expected["logits"]).abs().max() < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*(gemv_fast|marlin)")
 @pytest.mark.parametrize("version", [None, "auto", "GEMM", "GEMV", "gemv_fast", "marlin"])
 def test_every_version_answers_alike(folder: Path, version: str | None) -> None:
     model = load_quantized(folder, version=version, device="cpu")
@@ -108,3 +109,9 @@ def test_a_config_of_another_architecture_is_a_sentence(folder: Path, tmp_path: 
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=r"model\.layers\.1"):
         load_quantized(tmp_path / "copy", device="cpu")
+
+
+def test_an_old_name_of_a_version_is_said_once(folder: Path) -> None:
+    with pytest.warns(UserWarning, match="marlin") as said:
+        load_quantized(folder, version="marlin", device="cpu")
+    assert len(said) == 1

@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.errors import CheckpointError
-from awq.kernels import select_kernel_version
+from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.names import from_stored, of_module
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
@@ -39,8 +39,9 @@ def load_quantized(
     Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
     """
     target = pick_device(device)
+    version = pinned_version(version, notice=True)
     select_kernel_version(version=version, device=target)
-    checkpoint = open_checkpoint(find_folder(model, revision=revision))
+    checkpoint = open_checkpoint(find_folder(model, revision=revision, code=trust_remote_code))
     if dtype is None:
         dtype = _config_dtype(checkpoint) if target.type != "cpu" else torch.bfloat16
 
@@ -80,7 +81,12 @@ def load_dequantized(
             linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         return linear
 
-    return _assemble(open_checkpoint(find_folder(model, revision=revision)), float_linear, dtype, trust_remote_code)
+    return _assemble(
+        open_checkpoint(find_folder(model, revision=revision, code=trust_remote_code)),
+        float_linear,
+        dtype,
+        trust_remote_code,
+    )
 
 
 def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:

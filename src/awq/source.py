@@ -106,7 +106,7 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
                 f"{model} is a file but not a GGUF: give the model's folder, a .gguf file or a hub id."
             )
         return Source(str(model), path.parent, path.name)
-    folder = find_folder(model, revision=revision)
+    folder = find_folder(model, revision=revision, code=trust_remote_code)
     source = Source(str(model), folder, None, trust_remote_code)
     if not (folder / "config.json").exists():
         ggufs = sorted(folder.glob("*.gguf"))
@@ -118,16 +118,17 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
     return source
 
 
-def find_folder(model: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, safetensors only)."""
+def find_folder(model: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
+    """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, safetensors only, code if asked)."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     name = str(model)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelNotFoundError(f"{name} does not exist: give a model folder, a .gguf file or a hub id (owner/name).")
+    patterns = [*_HUB_FILES, "*.py"] if code else _HUB_FILES
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
     except hub_errors.GatedRepoError as error:
         raise ModelNotFoundError(
             f"{name} is gated: accept its licence on its page, then run `hf auth login`."

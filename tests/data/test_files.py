@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
+from ssl import SSLError
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request
 
-import httpx
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -108,7 +110,9 @@ def test_bad_files_get_a_sentence(tmp_path: Path, name: str, text: str, message:
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["absent.txt", "./absent", "/no/such/folder", "~/nowhere/at/all", "two words", "typo"])
+@pytest.mark.parametrize(
+    "source", ["absent.txt", "./absent", "/no/such/folder", "~/nowhere/at/all", "two words", "typo"]
+)
 def test_what_can_only_be_a_path_is_not_looked_up(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
     sentence = r"does not exist: give a file, a folder, a hub data set as owner/name or, to calibrate, prose, code or"
@@ -155,23 +159,45 @@ def test_an_unreadable_data_set_gets_a_sentence(monkeypatch: pytest.MonkeyPatch,
         raise error("no such set.\nand a long trace")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(CalibrationError, match=r"owner/typo is no file .* could not be read \(no such set\): give a file"):
+    with pytest.raises(
+        CalibrationError, match=r"owner/typo is no file .* could not be read \(no such set\): give a file"
+    ):
         read_texts("owner/typo")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def head(address: str, timeout: float) -> None:
-        asked.append(address)
-        raise httpx.ConnectError("Name or service not known")
+    def no_route(request: Request, timeout: float) -> None:
+        asked.append(request.full_url)
+        raise URLError("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(files, "urlopen", no_route)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
-    with pytest.raises(CalibrationError, match=r"^owner/texts is no file .*hub cannot be reached: give a file"):
+    with pytest.raises(
+        CalibrationError, match=r"^owner/texts is no file .*hub cannot be reached: check the connection, or give a file"
+    ):
         read_texts("owner/texts")
     assert asked == [constants.ENDPOINT]
+
+
+@pytest.mark.parametrize(
+    ("error", "answers"),
+    [
+        (HTTPError("address", 503, "busy", Message(), None), True),
+        (URLError(SSLError("unknown certificate")), True),
+        (URLError("no route"), False),
+        (TimeoutError(), False),
+    ],
+)
+def test_what_counts_as_an_answer(error: Exception, answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(files, "urlopen", fail)
+    assert files._hub_answers() is answers
 
 
 def test_offline_on_purpose_only_the_cache_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +205,7 @@ def test_offline_on_purpose_only_the_cache_is_read(monkeypatch: pytest.MonkeyPat
         raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub, "get_session", None)
+    monkeypatch.setattr(files, "urlopen", None)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(CalibrationError, match="since HF_HUB_OFFLINE is set: give a file"):
+    with pytest.raises(CalibrationError, match="since HF_HUB_OFFLINE is set: unset it, or give a file"):
         read_texts("owner/texts")

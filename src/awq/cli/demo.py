@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,7 @@ def find_embedded_model() -> Path:
 def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     """Everything that the demo does, in order; writes the checkpoint and the plots into `output`."""
     from awq.bench.report import machine_facts
-    from awq.load import load_dequantized
+    from awq.load import load_dequantized, load_quantized
     from awq.recipe import quantize_folder
     from awq.source import find_source
 
@@ -96,7 +97,9 @@ def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     perplexities, salience, float_bytes = evaluate(source, finished, device)
     say("4/5 latency of one query for each kernel version")
     settings = {"prompt_tokens": 64, "new_tokens": 32, "repeats": 3}
-    latency, refused = bench_versions(folder, ("auto", *KERNEL_VERSIONS), device, **settings)
+    latency, refused = bench_versions(
+        partial(load_quantized, folder, device=device), ("auto", *KERNEL_VERSIONS), **settings
+    )
     # Speed does not depend on the values: the checkpoint dequantized stands in for the float model.
     latency.append(bench_float(lambda dtype: load_dequantized(folder, dtype=dtype), device, **settings))
     say("5/5 latency of one linear by rows")

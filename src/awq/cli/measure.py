@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,13 +107,14 @@ def bench_model(
     target = options.torch_device(device)
     from awq.bench.report import machine_facts
     from awq.kernels import pinned_version
+    from awq.load import load_quantized
     from awq.source import find_source
 
     source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None
     versions = [pinned_version(word, notice=True) or AUTO for word in version or (AUTO, *KERNEL_VERSIONS)]
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats, "seed": seed}
-    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    rows, refused = bench_versions(checkpoint, versions, target, origin, **settings)
+    load = partial(load_quantized, checkpoint, device=target, revision=revision, trust_remote_code=trust_remote_code)
+    rows, refused = bench_versions(load, versions, **settings)
     if source:
         rows.append(bench_float(source.load, target, **settings))
     machine = machine_facts(target)
@@ -136,21 +138,16 @@ def latency_cells(row: Latency) -> tuple[object, ...]:
 
 
 def bench_versions(
-    checkpoint: str | Path,
-    versions: Sequence[str],
-    device: torch.device,
-    origin: Mapping[str, Any] | None = None,
-    **settings: int,
+    load: Callable[..., Any], versions: Sequence[str], **settings: int
 ) -> tuple[list[Latency], dict[str, str]]:
-    """A row for each version that runs here, and why the others do not; `origin` goes to `load_quantized`."""
+    """A row for each version that runs here, and why the others do not; `load(version=...)` gives the model."""
     from awq.bench.generation import measure_generation
-    from awq.load import load_quantized
 
     rows: list[Latency] = []
     refused: dict[str, str] = {}
     for version in versions:
         try:
-            model = load_quantized(checkpoint, version=version, device=device, **origin or {})
+            model = load(version=version)
         except KernelNotSupportedError as error:
             refused[version] = str(error)
             continue

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from awq.errors import CalibrationError, MissingDependencyError
 
@@ -23,9 +26,9 @@ _INSTEAD = "give a file, a folder, a hub data set as owner/name or, to calibrate
 def read_texts(source: str | Path, split: str = "train", text_column: str = "text") -> list[str]:
     """The documents of a file (.jsonl, .json, .parquet, else plain text), of a folder of such, or of a hub data set.
 
-    A hub data set is `owner/name` or `owner/name:config`, never one word; `split` applies to it alone. `text_column` names the key or
-    column of .jsonl, .json, .parquet and hub rows. Blank documents are left out. CalibrationError where there is no
-    text to read, MissingDependencyError where an optional package is needed: one sentence each.
+    A hub data set is `owner/name` or `owner/name:config`, never one word; `split` applies to it alone. `text_column`
+    names the key or column of .jsonl, .json, .parquet and hub rows. Blank documents are left out. CalibrationError
+    where there is no text to read, MissingDependencyError where an optional package is needed: one sentence each.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -130,14 +133,17 @@ def _read_hub(name: str, split: str, text_column: str) -> list[str]:
 
 def _hub_answers() -> bool:
     """Asked once, where `datasets` would retry for half a minute; offline on purpose, its cache may still serve."""
-    import httpx
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return True
     try:
-        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT)
-    except (httpx.HTTPError, OSError):
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_TIMEOUT).close()
+    except HTTPError:
+        return True
+    except URLError as error:
+        return isinstance(error.reason, SSLError)  # a certificate that `datasets` may know
+    except OSError:
         return False
     return True
 
@@ -145,8 +151,14 @@ def _hub_answers() -> bool:
 def _unreachable(name: str) -> CalibrationError:
     from huggingface_hub import constants
 
-    why = "is not asked, since HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "cannot be reached"
-    return CalibrationError(f"{name} is no file or folder, and the hub {why}: {_INSTEAD}, once it can be reached.")
+    offline = constants.HF_HUB_OFFLINE
+    why = (
+        "is not asked, since HF_HUB_OFFLINE is set: unset it" if offline else "cannot be reached: check the connection"
+    )
+    return CalibrationError(
+        f"{name} is no file or folder, and the hub {why}, "
+        "or give a file, a folder or, to calibrate, prose, code or self."
+    )
 
 
 def _column(records: Iterable[Any], name: str, source: str | Path) -> list[str]:

@@ -130,7 +130,7 @@ def pinned_version(version: str | None, notice: bool = False) -> str | None:
         return None
     pinned = canonical_version(version)
     if notice and version.upper() != pinned:
-        warnings.warn(f"version {version!r} means {pinned} here: the same result, by this package's kernel.", stacklevel=3)
+        warnings.warn(f"version {version!r} means {pinned} here, with the same result.", stacklevel=3)
     return pinned
 
 
