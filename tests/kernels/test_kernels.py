@@ -97,7 +97,9 @@ def test_strided_input(kernel: Kernel, dtype: torch.dtype, version: str) -> None
     packed = random_packed(40, 64, 32)
     wide = torch.randn(5, 200).to(dtype)
     for x in (wide[:, 8:72], wide[:, 1:129:2], wide.t()[3:67].t(), wide[::2, :64], wide[:1, :64].expand(4, 64)):
-        assert torch.equal(run(kernel, x, packed, None, version), run(kernel, x.contiguous(), packed, None, version))
+        strided, dense = (run(kernel, one, packed, None, version).double() for one in (x, x.contiguous()))
+        # torch adds up in another order for another stride: one rounding of the result apart at the most
+        assert (strided - dense).norm() <= torch.finfo(dtype).eps * dense.norm() * 4
 
 
 @pytest.mark.parametrize("version", KERNEL_VERSIONS)
