@@ -13,30 +13,12 @@ from awq.checkpoint.read import open_checkpoint
 from awq.errors import AwqError, CheckpointError, ConfigError, KernelNotSupportedError
 from awq.linear import QuantLinear
 from awq.model import AwqModel
-from tests.tiny import byte_tokenizer, random_tokens, save_tiny
+from tests.tiny import byte_tokenizer, random_tokens, save_tiny, user_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*vLLM")
 
 QUANT_CONFIG = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 8] * 6
-
-# The script that every AutoAWQ user has, its two names filled in.
-SCRIPT = """
-import torch
-from awq import AutoAWQForCausalLM
-from transformers import AutoTokenizer
-
-model_path = "float-model"
-tokenizer = AutoTokenizer.from_pretrained(model_path)
-model = AutoAWQForCausalLM.from_pretrained(model_path, torch_dtype=torch.float16, device_map="auto")
-quant_config = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
-calibration_data = [
-    # Code samples for code models, prose for language models
-]
-model.quantize(tokenizer, calib_dataset=calibration_data)
-model.save_quantized("float-model-awq")
-model = AutoAWQForCausalLM.from_quantized("float-model-awq", version="GEMV")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +39,7 @@ def test_the_users_script_as_it_stands(
     float_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     (tmp_path / "float-model").symlink_to(float_folder)
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(user_script("float-model"))
     monkeypatch.chdir(tmp_path)
     model = runpy.run_path("script.py")["model"]
     assert {m.choice.version for m in model.modules() if isinstance(m, QuantLinear)} == {"GEMV"}

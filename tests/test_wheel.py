@@ -13,28 +13,11 @@ from pathlib import Path
 import pytest
 
 import awq
-from tests.tiny import save_tiny, tiny_llama
+from tests.tiny import save_tiny, tiny_llama, user_script
 
 pytestmark = pytest.mark.slow
 
 CHECKOUT = Path(__file__).parents[1]
-# A user's script as given, but for the names of its two folders.
-SCRIPT = """
-import torch
-from awq import AutoAWQForCausalLM
-from transformers import AutoTokenizer
-
-model_path = "llama-tiny"
-tokenizer = AutoTokenizer.from_pretrained(model_path)
-model = AutoAWQForCausalLM.from_pretrained(model_path, torch_dtype=torch.float16, device_map="auto")
-quant_config = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
-calibration_data = [
-    # Code samples for code models, prose for language models
-]
-model.quantize(tokenizer, calib_dataset=calibration_data)
-model.save_quantized("llama-tiny-awq")
-model = AutoAWQForCausalLM.from_quantized("llama-tiny-awq", version="GEMV")
-"""
 
 
 def run(folder: Path, *command: str | Path) -> str:
@@ -93,6 +76,6 @@ def test_quantize_and_generate(python: Path, playground: Path) -> None:
 
 
 def test_script_written_for_autoawq(python: Path, playground: Path) -> None:
-    (playground / "script.py").write_text(SCRIPT)
+    (playground / "script.py").write_text(user_script("llama-tiny"))
     run(playground, python, "script.py")
     assert (playground / "llama-tiny-awq" / "config.json").is_file()

@@ -57,3 +57,23 @@ def save_tiny(folder: Path, model: LlamaForCausalLM | None = None, dtype: torch.
 
 def random_tokens(sequences: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def user_script(model: str) -> str:
+    """The script that every AutoAWQ user has, as given but for its model and the folder it writes, `model`-awq."""
+    return f"""
+import torch
+from awq import AutoAWQForCausalLM
+from transformers import AutoTokenizer
+
+model_path = "{model}"
+tokenizer = AutoTokenizer.from_pretrained(model_path)
+model = AutoAWQForCausalLM.from_pretrained(model_path, torch_dtype=torch.float16, device_map="auto")
+quant_config = {{"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}}
+calibration_data = [
+    # Code samples for code models, prose for language models
+]
+model.quantize(tokenizer, calib_dataset=calibration_data)
+model.save_quantized("{model}-awq")
+model = AutoAWQForCausalLM.from_quantized("{model}-awq", version="GEMV")
+"""

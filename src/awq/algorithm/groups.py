@@ -79,7 +79,7 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torc
     given to the consumers, so that the product stays exact. Returns the scale applied [consumer channels].
     """
     producer = block.get_submodule(group.producer)
-    weight, bias = _parameter(producer, "weight"), getattr(producer, "bias", None)
+    weight, bias = _weight(producer), getattr(producer, "bias", None)
     if group.kind == "linear":
         weight[group.first_row :] /= scale.unsqueeze(1)
         if bias is not None:
@@ -90,7 +90,7 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torc
             bias.data /= scale
     columns = group.expand(scale)
     for name in group.consumers:
-        _parameter(block.get_submodule(name), "weight").mul_(columns)
+        _weight(block.get_submodule(name)).mul_(columns)
     return columns
 
 
@@ -186,7 +186,7 @@ def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]
 
 
 def _fold_holds(block: nn.Module, group: ScaleGroup, run: Run, baseline: list[Tensor]) -> bool:
-    weight = _parameter(block.get_submodule(group.producer), "weight")
+    weight = _weight(block.get_submodule(group.producer))
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(weight.shape[0] - group.first_row, generator=generator).mul(2).sub(1).exp().to(weight.device)
     with _restored(block, group):
@@ -211,7 +211,7 @@ def _distance(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm().clamp_min(1e-30))  # NaN compares false: refused
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = getattr(module, name)
-    assert isinstance(parameter, Tensor)
-    return parameter.data
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.data

@@ -6,23 +6,15 @@ import torch
 from torch import Tensor
 
 from awq.config import KERNEL_VERSIONS
-from awq.hardware import Device
-from awq.kernels.base import GEMV_ROWS, LinearSpec, Weights, dequantize_and_multiply, packed_weights
-from awq.packing import Outliers, PackedInt4
-
-_HOW = dict.fromkeys(KERNEL_VERSIONS, "torch's own operators, dequantizing and then multiplying")
+from awq.kernels.base import LinearSpec, Weights, dequantize_and_multiply
+from awq.kernels.reference import Reference
 
 
-class Portable:
+class Portable(Reference):
+    """The reference's weights, multiplied in the dtype of the activations."""
+
     name = "portable"
-    versions = _HOW
-    gemv_rows = GEMV_ROWS
-
-    def rejects(self, spec: LinearSpec, device: Device) -> str | None:
-        return None
-
-    def prepare(self, packed: PackedInt4, outliers: Outliers | None, device: torch.device) -> dict[str, Tensor]:
-        return packed_weights(packed.to(device), outliers and outliers.to(device))
+    versions = dict.fromkeys(KERNEL_VERSIONS, "torch's own operators, dequantizing and then multiplying")
 
     def __call__(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
         # CPUs multiply bf16 several times faster than fp16.
