@@ -13,7 +13,16 @@ import torch
 from awq import hardware
 from awq.capability import series
 from awq.errors import ConfigError
-from awq.hardware import Device, default_device, describe, detect, parse_capability, refusal, torch_has_code
+from awq.hardware import (
+    Device,
+    default_device,
+    describe,
+    detect,
+    driver_version,
+    parse_capability,
+    refusal,
+    torch_has_code,
+)
 
 RTX_3090 = {"name": "NVIDIA GeForce RTX 3090", "capability": (8, 6), "memory": 24 << 30, "uuid": "GPU-aaaa-1"}
 GTX_1080 = {"name": b"NVIDIA GeForce GTX 1080", "capability": (6, 1), "memory": 8 << 30, "uuid": b"GPU-bbbb-2"}
@@ -35,6 +44,9 @@ class FakeNvml(SimpleNamespace):
 
     def nvmlShutdown(self) -> None:
         pass
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.65.06"
 
     def nvmlDeviceGetCount(self) -> int:
         return len(self.gpus)
@@ -172,6 +184,14 @@ def test_nvml_finds_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.bandwidth_gbs == pytest.approx(936.1, abs=0.1)
     assert (second.name, second.uuid, second.bandwidth_gbs) == ("NVIDIA GeForce GTX 1080", "GPU-bbbb-2", None)
     assert first.torch_device is None
+
+
+def test_the_version_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert driver_version() == "unknown"
+    simulate_nvml(monkeypatch)
+    assert driver_version() == "580.65.06"
+    simulate_nvml(monkeypatch, broken=True)
+    assert driver_version() == "unknown"
 
 
 def test_a_lost_gpu_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

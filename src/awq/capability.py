@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from awq.errors import ConfigError
 
 Capability = tuple[int, int]
 
-# Below MIN_CAPABILITY nothing runs. From there to OWN_KERNELS torch's own operators do the work,
-# where the installed torch has code for the GPU.
-MIN_CAPABILITY: Capability = (6, 0)
-OWN_KERNELS: Capability = (7, 5)
+
+@dataclass(frozen=True)
+class KernelPath:
+    """What the linears of GPUs from one compute capability on are run by.
+
+    gemv, gemm: the instructions that the own kernel of each version is built on; None: torch's own operators do the
+                work, where the installed torch has code for the GPU
+    bfloat16:   whether the tensor cores take it
+    """
+
+    first: Capability
+    gemv: str | None
+    gemm: str | None
+    bfloat16: bool
+
+
+# The one table of what needs what.
+PATHS: tuple[KernelPath, ...] = (
+    KernelPath((6, 0), None, None, bfloat16=False),
+    KernelPath((7, 5), "int8 mma.sync m8n8k16", "mma.sync m16n8k8", bfloat16=False),
+    KernelPath((8, 0), "int8 mma.sync m16n8k32", "mma.sync m16n8k16 and cp.async", bfloat16=True),
+    KernelPath(
+        (9, 0), "int8 mma.sync and bulk copies", "mma.sync, for many rows wgmma, and bulk copies", bfloat16=True
+    ),
+    KernelPath((10, 0), "int8 mma.sync and bulk copies", "mma.sync and bulk copies", bfloat16=True),
+    # the shared memory of an RTX card's block is too small for the GEMV's ring of copies
+    KernelPath((11, 0), "int8 mma.sync m16n8k32", "mma.sync and bulk copies", bfloat16=True),
+)
+# Below MIN_CAPABILITY nothing runs; own kernels start at OWN_KERNELS.
+MIN_CAPABILITY: Capability = PATHS[0].first
+OWN_KERNELS: Capability = next(path.first for path in PATHS if path.gemv)
 
 # First compute capability of each series, ascending: users mix these up, so messages name both.
 SERIES: tuple[tuple[Capability, str], ...] = (
@@ -42,6 +70,11 @@ def show(capability: Capability) -> str:
 def series(capability: Capability) -> str:
     """The architecture and the names on the box: (8, 6) is "Ampere, GeForce RTX 30, A10"."""
     return [name for first, name in SERIES if first <= capability][-1]
+
+
+def path_of(capability: Capability) -> KernelPath:
+    """The row of PATHS that a GPU of MIN_CAPABILITY or newer falls under."""
+    return [path for path in PATHS if path.first <= capability][-1]
 
 
 def parse_capability(value: object) -> Capability:

@@ -35,5 +35,9 @@ class KernelNotSupportedError(AwqError, RuntimeError):
     """This hardware cannot run the kernel version; the text says what it needs and what to use."""
 
 
+class KernelError(AwqError, RuntimeError):
+    """A kernel does not compile, load or launch; the text has the compiler's or the driver's reason."""
+
+
 class MissingDependencyError(AwqError, ImportError):
     """An optional package is needed; the text names it and the command that installs it."""

@@ -9,6 +9,8 @@ import importlib
 import os
 import re
 import subprocess
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,9 +19,7 @@ import torch
 from awq.capability import MIN_CAPABILITY, OWN_KERNELS, Capability, known_capability, parse_capability, series, show
 from awq.errors import ConfigError
 
-__all__ = ["Device", "default_device", "describe", "detect", "parse_capability", "refusal", "torch_has_code"]
-
-Kind = Literal["cuda", "cpu", "rocm", "mps"]
+__all__ = ["Device", "default_device", "describe", "detect", "driver_version", "parse_capability", "refusal"]
 
 _SMI_FIELDS = "index,name,compute_cap,memory.total,uuid"
 _SMI_TIMEOUT = 10  # seconds; a hung driver must not hang the caller
@@ -42,7 +42,7 @@ class Device:
 
     index: int
     name: str
-    kind: Kind
+    kind: Literal["cuda", "cpu", "rocm", "mps"]
     capability: Capability | None = None
     memory_bytes: int = 0
     uuid: str | None = None
@@ -84,7 +84,8 @@ def describe(device: Device | torch.device | str | int) -> Device:
     seen = [found for found in _from_torch() if str(found.torch_device).split(":")[0] == wanted.type]
     index = wanted.index if ":" in str(wanted) else _current_gpu()
     if wanted.type not in ("cuda", "mps") or index >= len(seen):
-        raise ConfigError(f"torch {torch.__version__} has no device {str(wanted)!r} here: use {_names()}.")
+        names = " or ".join(["cpu", *(str(found.torch_device) for found in _from_torch())])
+        raise ConfigError(f"torch {torch.__version__} has no device {str(wanted)!r} here: use {names}.")
     return seen[index]
 
 
@@ -137,21 +138,29 @@ def _arch_list() -> list[str]:
         return []
 
 
+def driver_version() -> str:
+    """The NVIDIA driver's, such as "580.65.06"; "unknown" where NVML does not tell."""
+    return _text(_with_nvml(lambda nvml: nvml.nvmlSystemGetDriverVersion())) or "unknown"
+
+
 def _from_nvml() -> list[Device]:
+    found = _with_nvml(lambda nvml: [_nvml_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())])
+    return [device for device in found or [] if device is not None]
+
+
+def _with_nvml(ask: Callable[[Any], Any]) -> Any:
+    """What `ask` finds through NVML; None where that fails."""
     try:
         nvml: Any = importlib.import_module("pynvml")
-        nvml.nvmlInit()
     except (ImportError, AttributeError, OSError):
-        return []
-    except nvml.NVMLError:
-        return []
-    try:
-        found = [_nvml_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError:
-        return []
-    finally:
-        nvml.nvmlShutdown()
-    return [device for device in found if device is not None]
+        return None
+    with suppress(nvml.NVMLError, AttributeError, OSError):
+        nvml.nvmlInit()
+        try:
+            return ask(nvml)
+        finally:
+            nvml.nvmlShutdown()
+    return None
 
 
 def _nvml_device(nvml: Any, index: int) -> Device | None:
@@ -275,10 +284,6 @@ def _ram() -> int:
 
 def _current_gpu() -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
-def _names() -> str:
-    return " or ".join(["cpu", *(str(found.torch_device) for found in _from_torch())])
 
 
 def _parse_memory(text: str) -> int:

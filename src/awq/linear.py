@@ -71,29 +71,23 @@ class QuantLinear(nn.Module):
         Raises KernelNotSupportedError, and AwqError where an earlier `prepare` released the packed weight.
         """
         packed, outliers = self.packed, self.outliers
-        choice = select(replace(self.spec, dtype=dtype), self.device, version, kernel)
-        weights = choice.kernel.prepare(packed, outliers, self.device)
+        spec = replace(self.spec, dtype=dtype)
+        choice = select(spec, self.device, version, kernel)
+        weights = choice.kernel.prepare(packed, outliers, self.device, dtype)
+        self.spec = spec
         self._use(choice, packed_weights(packed, outliers) | weights if keep_packed else weights)
         self._again = (version, kernel, keep_packed, dtype)
         return choice
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] of any float dtype and strides -> [..., out_features] in the same dtype."""
-        rows = x.numel() // self.in_features
-        if rows == 0:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        version = self._pinned or ("GEMV" if rows <= self._gemv_rows else "GEMM")
-        y = self._kernel(x.reshape(rows, self.in_features), self._buffers, self.spec, version)
-        bias = self._buffers["bias"]
-        if bias is not None:
-            y += bias
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return self._kernel(x, self._buffers, self.spec, self._gemv_rows)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}, "
             f"bias={self._buffers['bias'] is not None}, outliers={self.spec.outliers}, "
-            f"kernel={self._kernel.name}, version={self._pinned or 'auto'}"
+            f"kernel={self._kernel.name}, version={self.choice.version or 'auto'}"
         )
 
     def _use(self, choice: Choice, weights: dict[str, Tensor]) -> None:
@@ -104,7 +98,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.choice = choice
         # Looked up on every call, so kept at hand.
-        self._kernel, self._pinned, self._gemv_rows = choice.kernel, choice.version, choice.kernel.gemv_rows
+        self._kernel, self._gemv_rows = choice.kernel, choice.gemv_rows(self.spec, self.device, self._buffers)
 
     def _check_packed(self) -> None:
         if "qweight" not in self._buffers:

@@ -49,6 +49,7 @@ def load_quantized(
         bias = source.bias(name)
         if "bias" in dict(linear.named_parameters()) and bias is None:
             raise CheckpointError(f"{source.path.name} lacks {name}.bias: copy or download it again.")
+        bias = bias if bias is None else bias.to(dtype)
         layer = QuantLinear(source.packed(name), bias, source.outliers(name) if outliers else None)
         layer.to(target)
         layer.prepare(version=version, kernel=kernel, dtype=dtype)

@@ -1,73 +1,20 @@
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from awq.bench import kernels
-from awq.bench.kernels import DENSE, KernelRow, Shape, bench_kernels, crossover, default_shapes, random_linear
+from awq.bench import ceiling, cold, kernels
+from awq.bench.kernels import bench_kernels, bench_settings
+from awq.bench.results import DENSE
+from awq.bench.shapes import Setting, Shape
 from awq.errors import ConfigError, KernelNotSupportedError
+from awq.kernels.cuda.layout import Units, units_to_dense
 from awq.linear import QuantLinear
 
 CPU = torch.device("cpu")
 SHAPE = Shape(64, 128)
-
-
-def row(version: str, rows: int, median: float, shape: Shape = SHAPE) -> KernelRow:
-    sizes = (shape.out_features, shape.in_features, 64, 0)
-    return KernelRow(*sizes, "bfloat16", rows, version, "cpu", median, median, median, 9)
-
-
-def rows_of(gemv: dict[int, float], gemm: dict[int, float]) -> list[KernelRow]:
-    timed = (("GEMV", gemv), ("GEMM", gemm))
-    return [row(version, rows, median) for version, medians in timed for rows, median in medians.items()]
-
-
-@pytest.mark.parametrize(
-    ("gemv", "gemm", "expected"),
-    [
-        ({1: 1, 8: 8, 64: 64}, {1: 30, 8: 31, 64: 40}, 64),
-        ({1: 1, 8: 8, 64: 64}, {1: 30, 8: 7, 64: 40}, 8),
-        ({1: 9, 8: 9}, {1: 1, 8: 1}, 1),
-        ({1: 1, 8: 1}, {1: 9, 8: 9}, None),
-        ({1: 9, 8: 1, 64: 64}, {1: 1, 8: 9, 64: 40}, 64),  # an early outlier is no crossover
-        ({1: 1, 8: 8}, {1: 2}, None),
-        ({}, {1: 2}, None),
-        ({1: 2}, {1: 2}, None),
-    ],
-)
-def test_crossover(gemv: dict[int, float], gemm: dict[int, float], expected: int | None) -> None:
-    assert crossover(rows_of(gemv, gemm), SHAPE) == expected
-
-
-def test_crossover_looks_at_one_shape() -> None:
-    other = [row("GEMV", 1, 9, Shape(8, 8)), row("GEMM", 1, 1, Shape(8, 8))]
-    assert crossover([*rows_of({1: 1}, {1: 2}), *other], SHAPE) is None
-
-
-@pytest.mark.parametrize("text", ["64x128", "64X128"])
-def test_shape(text: str) -> None:
-    assert Shape.parse(text) == SHAPE
-    assert str(SHAPE) == "64x128"
-
-
-@pytest.mark.parametrize("text", ["", "64", "64x", "64x128x2", "axb", "12x64", "0x64", "-8x64", "64x0", "64.0x64"])
-def test_wrong_shapes(text: str) -> None:
-    with pytest.raises(ConfigError, match="shape"):
-        Shape.parse(text)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_default_shapes_can_be_packed(device: str) -> None:
-    assert all(Shape.parse(str(shape)) == shape for shape in default_shapes(torch.device(device)))
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.05])
-def test_random_linear_runs(ratio: float) -> None:
-    packed, outliers = random_linear(SHAPE, 64, ratio)
-    assert (outliers is None) == (ratio == 0)
-    y = QuantLinear(packed, None, outliers)(torch.ones(3, 128))
-    assert y.shape == (3, 64)
-    assert y.isfinite().all()
 
 
 def test_both_versions_and_a_dense_linear_are_timed() -> None:
@@ -77,7 +24,14 @@ def test_both_versions_and_a_dense_linear_are_timed() -> None:
     assert {r.outliers for r in found.rows} == {3}
     assert {r.dtype for r in found.rows} == {"bfloat16"}
     assert found.refused == {}
-    assert json.loads(json.dumps(found.to_dict())).keys() == {"rows", "crossovers", "refused"}
+    assert found.ceiling is None
+    assert json.loads(json.dumps(found.to_dict())).keys() >= {"rows", "crossovers", "promises", "refused"}
+
+
+def test_only_the_versions_asked_for() -> None:
+    settings = [Setting(SHAPE, 64, torch.bfloat16)]
+    found = bench_settings(settings, CPU, rows=(1,), versions=("GEMV",), seconds=0, progress=False)
+    assert [row.version for row in found.rows] == ["GEMV", DENSE]
 
 
 def test_a_group_that_does_not_divide_is_named_before_any_work() -> None:
@@ -98,3 +52,44 @@ def test_a_version_that_does_not_run_is_left_out_with_its_reason(monkeypatch: py
     assert found.refused == {"GEMM": "too old"}
     assert {r.version for r in found.rows} == {"GEMV", DENSE}
     assert found.crossovers == {"64x128": None}
+
+
+def test_own_kernels_are_measured_cold_between_two_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(x: Tensor, units: Units, y: Tensor) -> None:
+        y.copy_(x.float() @ units_to_dense(units).t())
+
+    def own(setting: Setting, device: torch.device, versions: Sequence[str]) -> object:
+        if setting.group_size == 32:
+            return {}, dict.fromkeys(versions, "no such group")
+        return {"GEMV": multiply}, {"GEMM": "none yet"}
+
+    ceilings = iter((4000.0, 4100.0))
+    monkeypatch.setattr(ceiling, "read_ceiling", lambda device: next(ceilings))
+    monkeypatch.setattr(kernels, "own_kernels", own)
+    monkeypatch.setattr(kernels, "_has_pdl", lambda device: True)
+    for name, value in {"_ROTATED_BYTES": 1, "_CALLS": 2, "_PAUSE_S": 0}.items():
+        monkeypatch.setattr(cold, name, value)
+    settings = [Setting(SHAPE, group, torch.float16) for group in (64, 32)]
+    found = bench_settings(settings, CPU, rows=(1, 2), versions=("GEMV", "GEMM"), seconds=0, progress=False)
+    assert found.ceiling is not None
+    assert (found.ceiling.start_gbs, found.ceiling.end_gbs, found.ceiling_gbs) == (4000, 4100, 4100)
+    assert {row.kernel for row in found.rows if row.group_size == 64} == {"cublas_fp16", "awq_gemv"}
+    assert {row.pdl for row in found.rows if row.kernel == "awq_gemv"} == {False, True}
+    assert {row.version for row in found.rows if row.group_size == 32} == {"GEMV", "GEMM", DENSE}
+    assert found.refused == {"GEMM": "none yet"}
+    assert list(found.crossovers) == ["64x128 group 64", "64x128 group 32"]
+
+
+def test_no_own_kernel_where_there_is_no_gpu() -> None:
+    assert kernels.own_kernels(Setting(SHAPE, 64, torch.float16), CPU, ("GEMV",)) == ({}, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_own_kernels_are_right_while_they_are_timed(dtype: torch.dtype) -> None:
+    settings = [Setting(Shape(1024, 2048), 128, dtype, outlier_ratio=ratio) for ratio in (0.0, 0.01)]
+    found = bench_settings(settings, torch.device("cuda", 0), rows=(1, 8, 40), progress=False)
+    assert found.refused == {}
+    assert found.notes == []
+    assert {row.version for row in found.rows} >= {"GEMV", "GEMM", DENSE}
+    assert found.ceiling_gbs and found.ceiling_gbs > 50

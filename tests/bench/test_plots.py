@@ -1,11 +1,12 @@
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from awq.bench.kernels import KernelBench, KernelRow
 from awq.bench.plots import Salience, plot_kernels, plot_losses, plot_perplexity, plot_salience, require_matplotlib
+from awq.bench.results import Ceiling, KernelBench, KernelRow
 from awq.errors import MissingDependencyError
 
 ROWS = [
@@ -35,6 +36,19 @@ def test_salience(tmp_path: Path, kept: list[int]) -> None:
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:9], [row for row in ROWS if row.version != "GEMM"]])
 def test_kernels(tmp_path: Path, rows: list[KernelRow]) -> None:
     plot_kernels(tmp_path / "k.png", KernelBench(rows, {}), "a machine")
+    assert is_picture(tmp_path / "k.png")
+
+
+@pytest.mark.parametrize("settings", [1, 4, 6])
+def test_cold_kernels(tmp_path: Path, settings: int) -> None:
+    """A grid of panels, each with the line of the read ceiling; both ways of launching were timed."""
+    rows = [
+        replace(row, in_features=64 * setting, pdl=pdl, read_bytes=9000)
+        for setting in range(1, settings + 1)
+        for row in ROWS[:9]
+        for pdl in ((False,) if row.version == "dense" else (False, True))
+    ]
+    plot_kernels(tmp_path / "k.png", KernelBench(rows, {}, Ceiling(4, 5)), "a machine")
     assert is_picture(tmp_path / "k.png")
 
 

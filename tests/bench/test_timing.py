@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from awq.bench.timing import Timing, measure, percentile
+from awq.bench.timing import Replay, Timing, measure, percentile, record, time_in_turn
 
 CPU = torch.device("cpu")
 
@@ -32,6 +32,39 @@ def test_repeats_stay_in_their_limits(seconds: float, expected: int) -> None:
     assert timing.repeats == expected
     assert len(calls) == expected + 2  # warm-up
     assert 0 <= timing.p10 <= timing.median <= timing.p90
+
+
+def test_a_recorded_series_counts_its_calls() -> None:
+    calls: list[int] = []
+    replay = record(calls.append, 3, CPU)
+    assert calls == []
+    replay.run()
+    replay.run()
+    assert (replay.calls, calls) == (3, [0, 1, 2, 0, 1, 2])
+
+
+def test_series_are_timed_in_turn() -> None:
+    order: list[str] = []
+    replays = {name: Replay(lambda name=name: order.append(name), 10) for name in "abc"}  # type: ignore[misc]
+    timings = time_in_turn(replays, CPU, blocks=2, samples=3, pause=0)
+    assert "".join(order) == "aaaabbbbccccbbbbccccaaaa"  # each warmed up by one more
+    assert list(timings) == ["a", "b", "c"]
+    assert {timing.repeats for timing in timings.values()} == {6}
+
+
+def test_a_series_costs_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.bench.timing.wall_seconds", lambda call, count: [0.5] * count)
+    assert time_in_turn({"a": Replay(lambda: None, 10)}, CPU, pause=0)["a"].median == 0.05
+
+
+@pytest.mark.gpu
+def test_a_graph_does_what_was_recorded() -> None:
+    device = torch.device("cuda", 0)
+    total = torch.zeros(1, device=device)
+    replay = record(total.add_, 5, device)
+    timing = time_in_turn({"sum": replay}, device, blocks=2, samples=3)["sum"]
+    assert total.item() == 10 * 2 * 4
+    assert timing.median > 0
 
 
 @pytest.mark.gpu

@@ -17,9 +17,9 @@ def test_the_cpu_runs_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu["kind"] == "cpu"
     assert {verdict["version"] for verdict in cpu["versions"]} == {"GEMM", "GEMV"}
     for verdict in cpu["versions"]:
-        how = select_kernel_version(version=verdict["version"], device="cpu").how
+        choice = select_kernel_version(version=verdict["version"], device="cpu")
         assert verdict["available"]
-        assert verdict["reason"] == f"by {how}"
+        assert verdict["reason"] == f"by the kernel {choice.kernel!r}: {choice.how}"
     assert cpu["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") > 2**28
 
 

@@ -3,11 +3,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import awq.bench.kernels
+import awq.bench.overheads
 import awq.load
 import awq.source
+from awq.bench.results import Ceiling, KernelBench, row_of
+from awq.bench.shapes import SWEEP, Setting, Shape
+from awq.bench.timing import Timing
 from awq.errors import KernelNotSupportedError
-from tests.cli.run import run, run_json
+from tests.cli.run import refused, run, run_json
 
 WINDOWS = ("--window", 64, "--max-windows", 3, "--device", "cpu")
 SHORT = ("--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--device", "cpu")
@@ -136,3 +142,95 @@ def test_kernels_as_a_table() -> None:
     shown = run("bench", "kernels", "--shape", "64x64", "--rows", 1, "--seconds", 0.001, "--device", "cpu")
     assert "median" in shown.stdout
     assert "64x64: GEMM is" in shown.stdout
+    assert "% of ceiling" not in shown.stdout
+
+
+def test_only_some_rows_and_one_version() -> None:
+    sizes = ("--shape", "64x64", "--rows", "1,3-4", "--version", "gemv", "--seconds", 0.001, "--device", "cpu")
+    found = run_json("bench", "kernels", *sizes)
+    assert [(row["version"], row["rows"]) for row in found["rows"]] == [
+        *(("GEMV", rows) for rows in (1, 3, 4)),
+        *(("dense", rows) for rows in (1, 3, 4)),
+    ]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the command asks to be timed; nothing is."""
+    seen: list[dict[str, Any]] = []
+
+    def bench(settings: list[Setting], device: object, **options: Any) -> KernelBench:
+        seen.append({"settings": settings} | options)
+        return cold_bench()
+
+    monkeypatch.setattr(awq.bench.kernels, "bench_settings", bench)
+    return seen
+
+
+def cold_bench() -> KernelBench:
+    setting, timing = Setting(Shape(64, 64), 64, torch.float16), Timing(1e-6, 1e-6, 1e-6, 9)
+    rows = [
+        row_of(setting, 1, version, kernel, Timing(us * 1e-6, 1e-6, 1e-6, 9), pdl=pdl, error=2e-4, dense_us=9.0)
+        for version, kernel, us, pdl in (("GEMV", "awq_gemv", 3, True), ("GEMM", "awq_gemm", 4, True))
+    ]
+    dense = row_of(setting, 1, "dense", "cublas_fp16", timing)
+    return KernelBench([dense, *rows], {}, Ceiling(1.0, 1.1), {"marlin": "it is not installed"}, ["something odd"])
+
+
+def test_every_combination_of_settings(asked: list[dict[str, Any]]) -> None:
+    flags = "--shape 64x128 --shape smollm2-135m --group-size 32 --group-size 64 --dtype fp16 --dtype bf16 --symmetric"
+    run_json("bench", "kernels", *flags.split(), "--outlier-ratio", 0.01, "--device", "cpu", "--no-peers")
+    (call,) = asked
+    assert len(call["settings"]) == len(set(call["settings"])) == 5 * 2 * 2
+    assert call["settings"][0] == Setting(Shape(64, 128), 32, torch.float16, False, 0.01)
+    assert call["settings"][-1] == Setting(Shape(576, 1536), 64, torch.bfloat16, False, 0.01)
+    assert call["peers"] == ()
+
+
+def test_the_sweep_and_the_peers(asked: list[dict[str, Any]]) -> None:
+    run_json("bench", "kernels", "--sweep", "--group-size", 128, "--rows", 1, "--device", "cpu", "--peer", "marlin")
+    (call,) = asked
+    assert tuple(setting.shape for setting in call["settings"]) == SWEEP
+    assert [peer.name for peer in call["peers"]] == ["marlin"]
+    assert call["rows"] == (1,)
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_was_measured_cold_as_a_table() -> None:
+    shown = run("bench", "kernels", "--device", "cpu")
+    text = " ".join(shown.stdout.split())
+    assert "% of ceiling" in text and "x dense" in text and "error" in text
+    assert "Read ceiling: 1 GB/s before, 1 after" in text
+    assert "64x64: GEMM is not faster at any number of rows; for one row GEMV takes 25 % less time." in text
+    assert "Note: something odd." in text
+    assert "marlin: it is not installed" in shown.stderr
+
+
+@pytest.mark.usefixtures("asked")
+def test_overheads_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"call": {"operator_us": 7.0}, "first_use": {"cold": {"first_s": 3.0}}}
+    monkeypatch.setattr(awq.bench.overheads, "measure_overheads", lambda device: figures)
+    assert run_json("bench", "kernels", "--overheads", "--device", "cpu")["overheads"] == figures
+    text = " ".join(run("bench", "kernels", "--overheads", "--device", "cpu").stdout.split())
+    assert "operator us 7.00" in text and "cold first s 3.00" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--shape llama-9", "llama-2-7b"),
+        ("--rows 0", "rows '0'"),
+        ("--rows 4-2", "rows '4-2'"),
+        ("--rows 1,x", "rows 'x'"),
+        ("--version turbo", "'turbo'"),
+        ("--version auto", "'auto'"),
+        ("--dtype fp8", "'fp8'"),
+        ("--group-size 0", "group size 0"),
+        ("--outlier-ratio 0.5", "0.5"),
+        ("--peer triton", "'triton'"),
+        ("--csv absent/rows.csv", "absent does not exist"),
+        ("--overheads", "CUDA"),
+    ],
+)
+def test_wrong_settings_of_the_kernel_benchmark(flags: str, part: str) -> None:
+    assert part in refused("bench", "kernels", "--device", "cpu", *flags.split())

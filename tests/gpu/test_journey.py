@@ -59,7 +59,7 @@ def test_saved_loaded_and_run(tmp_path: Path, version: str | None, dtype: torch.
     assert loaded.generate(tokens.cuda(), max_new_tokens=4, do_sample=False).shape[1] > 24
 
 
-@pytest.mark.parametrize("kernel", ["reference", "portable"])
+@pytest.mark.parametrize("kernel", ["reference", "portable", "cuda"])
 def test_named_kernels_run_on_the_gpu(kernel: str) -> None:
     model, _ = quantized("cpu")
     layer = model.model.layers[0].mlp.up_proj.to("cuda")

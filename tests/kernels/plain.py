@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from awq.kernels import Kernel, LinearSpec
+from awq.kernels.base import EVERY_ROW
 from awq.packing import Outliers, PackedInt4, pack
 
 CPU = torch.device("cpu")
+# The `gemv_rows` that pin a version.
+ONLY = {"GEMV": EVERY_ROW, "GEMM": 0}
 
 
 def random_packed(
@@ -43,7 +46,7 @@ def plain(x: Tensor, packed: PackedInt4, outliers: Outliers | None = None) -> Te
 
 
 def run(kernel: Kernel, x: Tensor, packed: PackedInt4, outliers: Outliers | None, version: str) -> Tensor:
-    return kernel(x, kernel.prepare(packed, outliers, CPU), spec_of(packed, outliers), version)
+    return kernel(x, kernel.prepare(packed, outliers, CPU), spec_of(packed, outliers), ONLY[version])
 
 
 def spec_of(packed: PackedInt4, outliers: Outliers | None = None) -> LinearSpec:

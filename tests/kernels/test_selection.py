@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from awq import kernels
+from awq.capability import OWN_KERNELS
 from awq.errors import AwqError, ConfigError, KernelNotSupportedError
 from awq.hardware import Device, describe
 from awq.kernels import KERNELS, Choice, Kernel, LinearSpec, pinned_version, select, select_kernel_version
+from awq.kernels.cuda import backend
 from awq.kernels.portable import Portable
 
 SPEC = LinearSpec(64, 64, 32)
@@ -23,9 +25,17 @@ APPLE = Device(0, "Apple GPU", "mps", torch_device="mps")
 BARE_CPU = Device(0, "CPU (AVX512)", "cpu", torch_device="cpu")
 
 
+def simulate_compiler(monkeypatch: pytest.MonkeyPatch, obstacle: str | None = None) -> None:
+    """Whether the CUDA kernels run on the GPUs that these tests make up, of which nothing is measured."""
+    monkeypatch.setattr(backend, "_obstacle", lambda index: obstacle)
+    monkeypatch.setattr(backend, "fitting_rows", lambda *sizes: 8)
+    monkeypatch.setattr(backend.crossover, "recall", lambda key: None)
+
+
 @pytest.fixture(autouse=True)
 def _torch_for_turing_and_newer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_120"])
+    simulate_compiler(monkeypatch)
     kernels._say_once.cache_clear()
     yield
     kernels._say_once.cache_clear()
@@ -81,8 +91,8 @@ def test_both_versions_run_and_the_reason_says_how(device: Device) -> None:
         choice = select_kernel_version(version=version, device=device)
         kernel = next(kernel for kernel in KERNELS if kernel.name == choice.kernel)
         assert choice.version == version
-        assert device.name in choice.reason and kernel.versions[version] in choice.reason
-        assert choice.kernel == "portable" or device.kind == "cpu"
+        assert device.name in choice.reason and kernel.how(version, device) in choice.reason
+        assert choice.kernel == {"cuda": "cuda", "cpu": choice.kernel}.get(device.kind, "portable")
 
 
 def test_on_a_cpu_the_versions_differ() -> None:
@@ -136,7 +146,7 @@ def test_auto_means_by_rows() -> None:
         ({"rows": -1}, "rows=-1"),
         ({"capability": "fast"}, "'fast' is no compute capability"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"kernel": "triton"}, "unknown kernel 'triton': the kernels are cpu, portable, reference"),
+        ({"kernel": "triton"}, "unknown kernel 'triton': the kernels are cpu, cuda, portable, reference"),
     ],
 )
 def test_values_that_mean_nothing(arguments: dict[str, object], words: str) -> None:
@@ -158,9 +168,9 @@ def test_the_cpu_says_that_a_gpu_lies_idle(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_select_gives_the_first_kernel_and_why_not_the_others() -> None:
     choice = select(SPEC, RTX_3090)
-    assert (choice.kernel.name, choice.version, list(choice.refused)) == ("portable", None, ["cpu"])
+    assert (choice.kernel.name, choice.version, list(choice.refused)) == ("cuda", None, ["cpu"])
     assert choice.refused["cpu"] == "it runs on the CPU, not on cuda"
-    assert choice.reason.startswith("portable: ")
+    assert choice.reason.startswith("cuda: GEMM by an own int4 CUDA kernel for sm_86")
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -193,7 +203,7 @@ def test_adding_a_kernel_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pinned.kernel.name == "gemv_only"
     assert pinned.refused == {"nothing": "it takes no 64 inputs"}
     by_rows = select(SPEC, RTX_3090)
-    assert by_rows.kernel.name == "portable"
+    assert by_rows.kernel.name == "cuda"
     assert by_rows.refused["gemv_only"] == "it has no GEMM"
 
 
@@ -212,6 +222,31 @@ def test_the_slower_kernel_on_a_cpu_is_said_once(caplog: pytest.LogCaptureFixtur
             select(LinearSpec(64, 64, 16), "cpu", kernel="portable")
     (record,) = caplog.records
     assert "slower 'portable' kernel" in record.message and "into which 16 does not split" in record.message
+
+
+def test_why_the_cuda_kernel_does_not_run_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    simulate_compiler(monkeypatch, "NVRTC is not installed")
+    with caplog.at_level(logging.WARNING, "awq"):
+        for _ in range(3):
+            assert select(SPEC, RTX_3090).kernel.name == "portable"
+            select(SPEC, RTX_3090, kernel="portable")
+    (record,) = caplog.records
+    assert record.message == "linears run on the slower 'portable' kernel, since NVRTC is not installed"
+    assert "('cuda' does not run: NVRTC is not installed)" in select_kernel_version(device=RTX_3090).how
+    with pytest.raises(KernelNotSupportedError, match="kernel 'cuda': NVRTC is not installed"):
+        select(SPEC, RTX_3090, kernel="cuda")
+
+
+def test_a_pascal_gpu_is_not_told_that_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was never meant to run the CUDA kernel; who asks is told."""
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_60", "sm_80"])
+    assert select(SPEC, GTX_1080).kernel.name == "portable"
+    assert f"needs compute capability {'.'.join(map(str, OWN_KERNELS))}" in select_kernel_version(device=GTX_1080).how
+    assert not caplog.records
 
 
 def test_a_choice_is_a_value() -> None:

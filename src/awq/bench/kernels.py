@@ -3,87 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from awq.algorithm.affine import fit_affine
-from awq.algorithm.outliers import outlier_count
+from awq.bench.results import DENSE, Ceiling, KernelBench, row_of
+from awq.bench.shapes import Setting, Shape
 from awq.bench.timing import measure
+from awq.bench.weights import random_linear
 from awq.config import KERNEL_VERSIONS
-from awq.errors import ConfigError, KernelNotSupportedError
+from awq.errors import KernelNotSupportedError
+from awq.kernels import LinearSpec, select
 from awq.linear import QuantLinear
-from awq.packing import Outliers, PackedInt4, pack
-from awq.progress import track
+from awq.progress import Progress, track
+
+if TYPE_CHECKING:
+    from awq.bench.cold import Multiply
+    from awq.bench.peers import Peer
+    from awq.kernels.cuda.layout import Units
+
+__all__ = ["KernelBench", "Setting", "Shape", "bench_kernels", "bench_settings"]
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A weight of N = out_features rows and K = in_features columns; written "NxK"."""
-
-    out_features: int
-    in_features: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        try:
-            out_features, in_features = (int(part) for part in text.lower().split("x"))
-        except ValueError:
-            raise ConfigError(f"shape {text!r} is not of the form NxK, such as 4096x11008.") from None
-        if out_features < 8 or out_features % 8 or in_features < 1:
-            raise ConfigError(f"shape {text!r} cannot be packed: N must be a multiple of 8, and K positive.")
-        return cls(out_features, in_features)
-
-    def __str__(self) -> str:
-        return f"{self.out_features}x{self.in_features}"
-
-
-def default_shapes(device: torch.device) -> tuple[Shape, ...]:
-    """The linears of Llama-2-7B on a GPU, those of SmolLM2-135M elsewhere."""
-    width, inner = (4096, 11008) if device.type == "cuda" else (576, 1536)
-    return Shape(width, width), Shape(inner, width), Shape(width, inner)
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """Microseconds of one call with `rows` rows of input; version "dense" is a float linear in the same dtype."""
-
-    out_features: int
-    in_features: int
-    group_size: int
-    outliers: int
-    dtype: str
-    rows: int
-    version: str
-    kernel: str
-    median_us: float
-    p10_us: float
-    p90_us: float
-    repeats: int
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.out_features, self.in_features)
-
-
-@dataclass(frozen=True)
-class KernelBench:
-    """Every measurement, and why a version has none."""
-
-    rows: list[KernelRow]
-    refused: dict[str, str]
-
-    @property
-    def crossovers(self) -> dict[str, int | None]:
-        return {str(shape): crossover(self.rows, shape) for shape in dict.fromkeys(row.shape for row in self.rows)}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) for row in self.rows], "crossovers": self.crossovers, "refused": self.refused}
+_OWN = "cuda"  # the kernel of this package's own CUDA code
+_PDL_CAPABILITY = (9, 0)
 
 
 def bench_kernels(
@@ -97,89 +43,158 @@ def bench_kernels(
     seconds: float = 0.2,
     progress: bool = True,
 ) -> KernelBench:
-    """Time random linears of `shapes` with zero points, both versions pinned in turn, `seconds` a point.
+    """`bench_settings` of linears with zero points that differ in shape only."""
+    dtype = dtype or default_dtype(device)
+    settings = [Setting(shape, group_size, dtype, outlier_ratio=outlier_ratio) for shape in shapes]
+    return bench_settings(settings, device, rows=rows, seconds=seconds, progress=progress)
 
-    dtype: of the input; float16 on a GPU, bfloat16 on a CPU by default. ConfigError where a group does not divide.
+
+def bench_settings(
+    settings: Sequence[Setting],
+    device: torch.device,
+    *,
+    rows: Sequence[int] = ROWS,
+    versions: Sequence[str] = KERNEL_VERSIONS,
+    peers: Sequence[Peer] = (),
+    seconds: float = 0.2,
+    progress: bool = True,
+) -> KernelBench:
+    """Time random linears, each version pinned in turn, beside a dense one of the same dtype.
+
+    This package's own CUDA kernels run over weights that the L2 cache cannot hold, in CUDA graphs, checked against
+    float32, beside `peers` and between two measurements of the read ceiling. Whatever else runs a linear here is
+    timed call by call, `seconds` a figure.
     """
-    dtype = dtype or (torch.float16 if device.type == "cuda" else torch.bfloat16)
-    for shape in shapes:
-        _check_group(shape, group_size)
-    measured: list[KernelRow] = []
+    found = KernelBench([], {})
+    own_here = any(own_kernels(setting, device, versions)[0] for setting in settings)
+    start = _read_ceiling(device) if own_here else 0.0
+    with track("Timing kernels", len(settings) * len(rows), enabled=progress) as bar, torch.inference_mode():
+        for setting in settings:
+            own, refused = own_kernels(setting, device, versions)
+            if own:
+                with _current(device):
+                    _bench_own(setting, device, own, rows, peers, found, bar)
+                found.refused.update(refused)
+            else:
+                _bench_any(setting, device, versions, rows, seconds, found, bar)
+    ceiling = Ceiling(start, _read_ceiling(device)) if own_here else None
+    return KernelBench(found.rows, found.refused, ceiling, found.left_out, found.notes)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of the activations: float16 on a GPU, bfloat16 on a CPU."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def own_kernels(
+    setting: Setting, device: torch.device, versions: Sequence[str]
+) -> tuple[dict[str, Multiply], dict[str, str]]:
+    """This package's CUDA kernels for a linear, by version, and why a version has none."""
+    if device.type != "cuda":
+        return {}, {}
+    found: dict[str, Multiply] = {}
     refused: dict[str, str] = {}
-    steps = len(shapes) * (len(KERNEL_VERSIONS) + 1)
-    with track("Timing kernels", steps, enabled=progress) as bar, torch.inference_mode():
-        for shape in shapes:
-            for version, linear, kernel in _candidates(shape, group_size, outlier_ratio, device, dtype, refused):
-                for count in rows:
-                    x = torch.randn(count, shape.in_features, device=device, dtype=dtype)
-                    timing = measure(lambda layer=linear, x=x: layer(x), device, seconds=seconds)  # type: ignore[misc]
-                    measured.append(
-                        KernelRow(
-                            shape.out_features,
-                            shape.in_features,
-                            group_size,
-                            outlier_count(shape.in_features, outlier_ratio),
-                            str(dtype).removeprefix("torch."),
-                            count,
-                            version,
-                            kernel,
-                            1e6 * timing.median,
-                            1e6 * timing.p10,
-                            1e6 * timing.p90,
-                            timing.repeats,
-                        )
-                    )
-                bar.advance(note=f"{shape} {version}")
-    return KernelBench(measured, refused)
+    for version in versions:
+        try:
+            choice = select(_spec(setting), device, version)
+        except KernelNotSupportedError as error:
+            refused[version] = str(error)
+            continue
+        if choice.kernel.name == _OWN:
+            found[version] = _multiply_gemv if version == "GEMV" else _multiply_gemm
+        else:
+            refused[version] = choice.refused.get(_OWN, choice.reason)
+    return found, refused
 
 
-def crossover(rows: Sequence[KernelRow], shape: Shape) -> int | None:
-    """The first row count from which on GEMM is faster than GEMV; None where it never is or one was not measured."""
-    medians = {(row.version, row.rows): row.median_us for row in rows if row.shape == shape}
-    counts = sorted({count for version, count in medians if version == "GEMV" and ("GEMM", count) in medians})
-    found = None
-    for count in reversed(counts):
-        if medians["GEMM", count] >= medians["GEMV", count]:
-            break
-        found = count
-    return found
+def _bench_own(
+    setting: Setting,
+    device: torch.device,
+    own: dict[str, Multiply],
+    rows: Sequence[int],
+    peers: Sequence[Peer],
+    found: KernelBench,
+    bar: Progress,
+) -> None:
+    from awq.bench.cold import ColdLinear
+
+    linear = ColdLinear(setting, device, own, _has_pdl(device))
+    for peer in peers:
+        linear.add(peer)
+    for count in rows:
+        found.rows.extend(linear.measure(count))
+        bar.advance(note=f"{setting.shape}, {count} rows")
+    found.notes.extend(linear.notes)
+    found.left_out.update(linear.left_out)
 
 
-def random_linear(shape: Shape, group_size: int, outlier_ratio: float) -> tuple[PackedInt4, Outliers | None]:
-    """A linear of random weights with zero points and, for a ratio above 0, evenly spread outlier channels."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(shape.out_features, shape.in_features, generator=generator) / shape.in_features**0.5
-    grid = fit_affine(weight, group_size, 4, zero_point=True)
-    packed = pack(grid.encode(weight), grid.zeros, grid.scales)
-    count = outlier_count(shape.in_features, outlier_ratio)
-    if not count:
-        return packed, None
-    index = torch.linspace(0, shape.in_features - 1, count).round().to(torch.int32)
-    return packed, Outliers(index, torch.randn(count, shape.out_features, generator=generator).to(torch.float16))
+def _bench_any(
+    setting: Setting,
+    device: torch.device,
+    versions: Sequence[str],
+    rows: Sequence[int],
+    seconds: float,
+    found: KernelBench,
+    bar: Progress,
+) -> None:
+    timed = []
+    candidates = list(_candidates(setting, device, versions, found.refused))
+    for count in rows:
+        x = torch.randn(count, setting.shape.in_features, device=device, dtype=setting.dtype)
+        for version, linear, kernel in candidates:
+            timed.append(row_of(setting, count, version, kernel, measure(partial(linear, x), device, seconds=seconds)))
+        bar.advance(note=f"{setting.shape}, {count} rows")
+    order = [version for version, _, _ in candidates]
+    found.rows.extend(sorted(timed, key=lambda row: order.index(row.version)))
 
 
 def _candidates(
-    shape: Shape,
-    group_size: int,
-    outlier_ratio: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    refused: dict[str, str],
+    setting: Setting, device: torch.device, versions: Sequence[str], refused: dict[str, str]
 ) -> Iterator[tuple[str, nn.Module, str]]:
     """(version, linear, kernel) of each version that this machine runs; the others' reasons go to `refused`."""
-    packed, outliers = random_linear(shape, group_size, outlier_ratio)
-    for version in KERNEL_VERSIONS:
-        linear = QuantLinear(packed, None, outliers).to(device)
+    packed, outliers = random_linear(setting, device)
+    for version in versions:
+        linear = QuantLinear(packed, None, outliers)
         try:
-            choice = linear.prepare(version=version, dtype=dtype)
+            choice = linear.prepare(version=version, dtype=setting.dtype)
         except KernelNotSupportedError as error:
             refused[version] = str(error)
         else:
             yield version, linear, choice.kernel.name
-    dense = nn.Linear(shape.in_features, shape.out_features, bias=False, device=device, dtype=dtype)
-    yield DENSE, dense, "torch"
+    n, k = setting.shape.out_features, setting.shape.in_features
+    yield DENSE, nn.Linear(k, n, bias=False, device=device, dtype=setting.dtype), "torch"
 
 
-def _check_group(shape: Shape, group_size: int) -> None:
-    if shape.in_features % group_size:
-        raise ConfigError(f"group size {group_size} does not divide the K of {shape}: choose another of the two.")
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _has_pdl(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _PDL_CAPABILITY
+
+
+def _spec(setting: Setting) -> LinearSpec:
+    n, k = setting.shape.out_features, setting.shape.in_features
+    return LinearSpec(k, n, setting.group_size, setting.dtype, setting.outliers)
+
+
+def _read_ceiling(device: torch.device) -> float:
+    from awq.bench.ceiling import read_ceiling
+
+    return read_ceiling(device)
+
+
+def _multiply_gemv(x: Tensor, units: Units, y: Tensor) -> None:
+    from awq.kernels.cuda.gemv import gemv
+    from awq.kernels.cuda.op import fitting_rows
+
+    steps = 0 if units.kept is None else units.kept.shape[1]
+    most = fitting_rows(x.get_device(), units.in_features, units.out_features, units.group, steps)
+    for some, result in zip(x.split(most), y.split(most), strict=True):
+        gemv(some, units, None, result)
+
+
+def _multiply_gemm(x: Tensor, units: Units, y: Tensor) -> None:
+    from awq.kernels.cuda.gemm import gemm
+
+    gemm(x, units, None, y)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq.bench.kernels import DENSE, KernelBench, KernelRow, Shape
+from awq.bench.results import DENSE, KernelBench, KernelRow, crossover, panels
 from awq.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -22,7 +22,9 @@ VERSION_STYLE: dict[str, dict[str, Any]] = {
     "GEMM": {"color": ORANGE, "marker": "s"},
     DENSE: {"color": MUTED, "marker": "", "linestyle": "--"},
 }
-_MOST_PANELS = 12
+_MOST_PANELS, _PANELS_A_LINE = 12, 4
+_WIDE_TICKS = 10  # so many fit beside each other
+_FLOOR = "its bytes at the read ceiling"
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,19 @@ def plot_salience(path: Path, salience: Salience, subtitle: str) -> None:
 
 
 def plot_kernels(path: Path, bench: KernelBench, subtitle: str) -> None:
-    """Latency by rows of each version, a panel a shape, the crossover marked."""
-    shapes = list(dict.fromkeys(row.shape for row in bench.rows))
-    figure = _figure(max(7.2, 4.3 * len(shapes)), 4.6, "Latency of one linear by rows", subtitle)
-    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
-    for axes, shape in zip(panels, shapes, strict=True):
-        _kernel_panel(axes, [row for row in bench.rows if row.shape == shape], shape, bench.crossovers[str(shape)])
-    panels[0].set_ylabel("median latency [µs]")
-    panels[0].legend(frameon=False, loc="upper left")
+    """Latency by rows of each version, a panel a linear: the crossover, and what reading alone would take, marked."""
+    shown = panels(bench.rows)
+    columns = min(_PANELS_A_LINE, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = _figure(max(7.2, 4.3 * columns), 0.9 + 3.7 * lines, "Latency of one linear by rows", subtitle)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axes, (label, rows) in zip(grid.flat, shown.items(), strict=False):
+        _kernel_panel(axes, rows, label, bench.ceiling_gbs)
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.set_visible(False)
+    for line in grid:
+        line[0].set_ylabel("median latency [µs]")
+    grid[0][0].legend(frameon=False, loc="upper left")
     _save(figure, path)
 
 
@@ -121,42 +128,61 @@ def plot_losses(path: Path, linears: Mapping[str, Mapping[str, Any]], subtitle: 
     _save(figure, path)
 
 
-def _kernel_panel(axes: Axes, rows: Sequence[KernelRow], shape: Shape, crossing: int | None) -> None:
+def _kernel_panel(axes: Axes, rows: Sequence[KernelRow], label: str, ceiling_gbs: float | None) -> None:
     _style(axes)
     counts = sorted({row.rows for row in rows})
+    pdl = any(row.pdl for row in rows)
     for version, style in VERSION_STYLE.items():
-        points = sorted((row for row in rows if row.version == version), key=lambda row: row.rows)
+        of_version = [row for row in rows if row.version == version and row.pdl == (pdl and version != DENSE)]
+        points = sorted(of_version, key=lambda row: row.rows)
         if points:
-            label = f"{version} ({points[0].dtype})" if version == DENSE else version
+            name = f"{version} ({points[0].dtype})" if version == DENSE else version
             x = [row.rows for row in points]
-            axes.plot(x, [row.median_us for row in points], label=label, linewidth=2, markersize=5, **style)
+            axes.plot(x, [row.median_us for row in points], label=name, linewidth=2, markersize=5, **style)
             spread = [row.p10_us for row in points], [row.p90_us for row in points]
             axes.fill_between(x, *spread, color=style["color"], alpha=0.12, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     # The bands of a busy machine must not dwarf the lines.
-    medians = [row.median_us for row in rows]
-    axes.set_ylim(min(medians) / 1.7, max(medians) * 1.7)
-    axes.set_xticks(counts, [str(count) for count in counts])
+    lowest, highest = min(row.median_us for row in rows), max(row.median_us for row in rows)
+    floors = _floors(rows, ceiling_gbs)
+    if floors:
+        axes.plot(list(floors), list(floors.values()), color=GREEN, linewidth=1.4, linestyle="-.", label=_FLOOR)
+        lowest = min(lowest, *floors.values())
+    axes.set_ylim(lowest / (2.6 if floors else 1.7), highest * 1.7)
+    wide = len(counts) > _WIDE_TICKS
+    ticks = [count for count in counts if not wide or count.bit_count() == 1]
+    axes.set_xticks(ticks, [str(count) for count in ticks], rotation=90 if wide else 0)
     axes.minorticks_off()
     axes.set_xlabel("rows of x")
-    title = f"N = {shape.out_features}, K = {shape.in_features}, group {rows[0].group_size}"
-    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    group = "" if "group" in label else f", group {rows[0].group_size}"
+    axes.set_title(f"N x K = {label}{group}", fontsize=10, color=INK, loc="left")
+    crossing = crossover(rows)
     if crossing is not None:
-        axes.axvline(crossing, color=INK, linewidth=1, linestyle=":", zorder=1)
-        note = f"GEMM faster\nfrom {crossing} row{'s' * (crossing > 1)}"
-        side = -4 if crossing > counts[len(counts) // 2] else 4
-        axes.annotate(
-            note,
-            (crossing, 0.03),
-            (side, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right" if side < 0 else "left",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-        )
+        _mark_crossover(axes, crossing, left=crossing > counts[len(counts) // 2])
+
+
+def _floors(rows: Sequence[KernelRow], ceiling_gbs: float | None) -> dict[int, float]:
+    """Microseconds of moving the quantized linear's bytes at the ceiling, by rows."""
+    if not ceiling_gbs:
+        return {}
+    quantized = sorted((row for row in rows if row.version != DENSE), key=lambda row: row.rows)
+    return {row.rows: row.read_bytes / ceiling_gbs / 1e3 for row in quantized}
+
+
+def _mark_crossover(axes: Axes, crossing: int, left: bool) -> None:
+    axes.axvline(crossing, color=INK, linewidth=1, linestyle=":", zorder=1)
+    axes.annotate(
+        f"GEMM faster\nfrom {crossing} row{'s' * (crossing > 1)}",
+        (crossing, 0.03),
+        (-4 if left else 4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="bottom",
+        fontsize=9,
+        color=INK,
+    )
 
 
 def _loss_panel(axes: Axes, kind: str, entries: Sequence[Mapping[str, Any]]) -> None:

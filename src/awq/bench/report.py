@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,15 @@ import torch
 import transformers
 
 from awq import __version__
+from awq.bench.results import DENSE, KernelBench, KernelRow, dtype_name
+from awq.errors import ConfigError
+from awq.hardware import driver_version
+
+# One line a kernel, linear and row count, over runs and machines.
+KERNEL_COLUMNS = (
+    *("gpu", "driver", "torch", "commit", "date", "kernel", "N", "K", "rows", "group", "dtype", "zero_point"),
+    *("outlier_ratio", "pdl", "us_p50", "us_p10", "us_p90", "rel_error", "ceiling_gbs", "cublas_us"),
+)
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -26,6 +39,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "driver": driver_version() if device.type == "cuda" else None,
         "transformers": transformers.__version__,
         "awq": __version__,
         "commit": commit(),
@@ -50,7 +64,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file lies in, "-dirty" after it when that has changes, or None."""
+    """The commit of the checkout that this file lies in, "-dirty" after it when that has changes, or None.
+
+    AWQ_COMMIT says it where the files came without their history.
+    """
+    if named := os.environ.get("AWQ_COMMIT"):
+        return named
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None  # installed; a checkout further up is somebody else's
@@ -69,3 +88,65 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def kernels_file(path: Path, device: torch.device) -> Path:
+    """The CSV to write: `path`, or the device's own file in that folder.
+
+    ConfigError where there is no such folder, or where a GPU's rows cannot be appended to what the file holds.
+    """
+    if path.is_dir():
+        short = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).removeprefix("nvidia-").strip("-")
+        path /= f"kernels-{short}.csv"
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist.")
+    if device.type == "cuda" and path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            header = next(csv.reader(file), None)
+        if header and tuple(header) != KERNEL_COLUMNS:
+            raise ConfigError(f"{path} has other columns than kernel rows have: give another file.")
+    return path
+
+
+def write_kernels(path: Path, found: KernelBench, machine: Mapping[str, Any]) -> None:
+    """Append a GPU's rows under KERNEL_COLUMNS, the dense linear as a column of the others; else write all anew."""
+    if machine["device_type"] != "cuda":
+        path.write_text(to_csv([asdict(row) | dict(machine) for row in found.rows]), encoding="utf-8")
+        return
+    common = {
+        "gpu": machine["device"],
+        "driver": machine["driver"],
+        "torch": machine["torch"],
+        "commit": machine["commit"] or "unknown",
+        "date": datetime.now(UTC).date().isoformat(),
+        "ceiling_gbs": _digits(found.ceiling_gbs),
+    }
+    empty = not path.exists() or not path.stat().st_size
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=KERNEL_COLUMNS, lineterminator="\n")
+        if empty:
+            writer.writeheader()
+        writer.writerows(common | _kernel_line(row) for row in found.rows if row.version != DENSE)
+
+
+def _kernel_line(row: KernelRow) -> dict[str, Any]:
+    return {
+        "kernel": row.kernel,
+        "N": row.out_features,
+        "K": row.in_features,
+        "rows": row.rows,
+        "group": row.group_size,
+        "dtype": dtype_name(row.dtype),
+        "zero_point": int(row.zero_point),
+        "outlier_ratio": row.outlier_ratio,
+        "pdl": int(row.pdl),
+        "us_p50": _digits(row.median_us),
+        "us_p10": _digits(row.p10_us),
+        "us_p90": _digits(row.p90_us),
+        "rel_error": "" if row.error is None else f"{row.error:.3e}",
+        "cublas_us": _digits(row.dense_us),
+    }
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 1000 else f"{value:.1f}"

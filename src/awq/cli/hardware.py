@@ -36,7 +36,7 @@ def judge(device: Device, version: str) -> dict[str, Any]:
         choice = select_kernel_version(version=version, device=device)
     except KernelNotSupportedError as error:
         return {"version": version, "available": False, "reason": str(error)}
-    return {"version": version, "available": True, "reason": f"by {choice.how}"}
+    return {"version": version, "available": True, "reason": f"by the kernel {choice.kernel!r}: {choice.how}"}
 
 
 def _rows(device: Device, verdicts: list[dict[str, Any]]) -> list[tuple[object, ...]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from awq.cli import options
+from awq.cli.kernels import bench_kernels
 from awq.cli.output import format_bytes, print_facts, print_json, print_table, say
 from awq.config import KERNEL_VERSIONS
 from awq.errors import KernelNotSupportedError
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from awq.bench.generation import Latency
-    from awq.bench.kernels import KernelBench
     from awq.evaluate import Agreement
 
 AUTO = "auto"
@@ -168,48 +166,4 @@ def bench_float(load: Callable[[torch.dtype], Any], device: torch.device, **sett
     return measure_generation(load(dtype).to(device), label, **settings)
 
 
-@bench.command("kernels")
-def bench_kernels(
-    shape: Annotated[
-        list[str] | None, typer.Option(metavar="NxK", help="Output x input features; repeatable.", show_default="3")
-    ] = None,
-    rows: Annotated[list[int] | None, typer.Option(min=1, help="Rows of x; repeatable.", show_default="1-256")] = None,
-    group_size: Annotated[int, typer.Option(help="Input channels that share a scale.")] = 64,
-    outlier_ratio: Annotated[float, typer.Option(min=0, max=0.05, help="Share of channels kept in fp16.")] = 0.0,
-    seconds: Annotated[float, typer.Option(min=0.001, help="Time spent on each figure.")] = 0.2,
-    device: options.Device = "auto",
-    csv: Annotated[Path | None, typer.Option(help="Also write the rows into this CSV file.")] = None,
-    plot: options.Plot = None,
-    as_json: options.Json = False,
-) -> None:
-    """Measure one linear by rows for both kernel versions, and where GEMM overtakes GEMV."""
-    target = options.torch_device(device)
-    from awq.bench import kernels
-    from awq.bench.report import machine_facts, to_csv
-
-    shapes = [kernels.Shape.parse(text) for text in shape or ()] or kernels.default_shapes(target)
-    counts = tuple(rows or kernels.ROWS)
-    settings = {"group_size": group_size, "outlier_ratio": outlier_ratio, "seconds": seconds}
-    found = kernels.bench_kernels(shapes, target, rows=counts, **settings)  # type: ignore[arg-type]
-    machine = machine_facts(target)
-    if csv:
-        csv.write_text(to_csv([asdict(row) | machine for row in found.rows]), encoding="utf-8")
-    if plot:
-        from awq.bench.plots import plot_kernels
-
-        plot_kernels(plot, found, f"{machine['device']}, torch {machine['torch']}")
-    if as_json:
-        print_json({"machine": machine, **found.to_dict()})
-    else:
-        _show_kernels(found, machine)
-
-
-def _show_kernels(found: KernelBench, machine: dict[str, Any]) -> None:
-    for version, reason in found.refused.items():
-        say(f"{version}: {reason}")
-    columns = ("N x K", "rows", "version", "kernel", "median [µs]", "p10", "p90")
-    cells = ((r.shape, r.rows, r.version, r.kernel, r.median_us, r.p10_us, r.p90_us) for r in found.rows)
-    print_table(f"One linear on {machine['device']}, torch {machine['torch']}", columns, cells)
-    for shape, crossing in found.crossovers.items():
-        verdict = f"GEMM is faster from {crossing} rows on" if crossing else "GEMM is not faster at any number of rows"
-        typer.echo(f"{shape}: {verdict}.")
+bench.command("kernels")(bench_kernels)

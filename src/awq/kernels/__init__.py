@@ -9,11 +9,13 @@ from functools import lru_cache
 
 import torch
 
+from awq.capability import OWN_KERNELS
 from awq.config import KERNEL_VERSIONS, canonical_version
 from awq.errors import ConfigError, KernelNotSupportedError
 from awq.hardware import Device, default_device, describe, detect, parse_capability, refusal
-from awq.kernels.base import Kernel, LinearSpec
+from awq.kernels.base import EVERY_ROW, Kernel, LinearSpec, Weights
 from awq.kernels.cpu import CpuInt4
+from awq.kernels.cuda import Cuda
 from awq.kernels.portable import Portable
 from awq.kernels.reference import Reference
 
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 # In order of preference: the first that does not reject a linear runs it.
-KERNELS: tuple[Kernel, ...] = (CpuInt4(), Portable(), Reference())
+KERNELS: tuple[Kernel, ...] = (CpuInt4(), Cuda(), Portable(), Reference())
 
 _NOT_SUPPORTED = "Kernel version not supported on this hardware"
 # What `select_kernel_version` asks about: a linear that every kernel takes.
@@ -50,6 +52,12 @@ class Choice:
     version: str | None
     reason: str
     refused: dict[str, str] = field(default_factory=dict)
+
+    def gemv_rows(self, spec: LinearSpec, device: Device | torch.device, weights: Weights | None = None) -> int:
+        """Up to how many rows calls go to GEMV: all or none where a version is pinned, else where the two cross."""
+        if self.version:
+            return EVERY_ROW if self.version == "GEMV" else 0
+        return self.kernel.gemv_rows(spec, device, weights)
 
 
 # What runs a linear that no kernel was chosen for yet.
@@ -84,7 +92,7 @@ def select(
         reason = _rejection(candidate, spec, target, pinned)
         if reason is None:
             _say_fallback(candidate, target, refused)
-            how = [f"{each} by {candidate.versions[each]}" for each in ((pinned,) if pinned else KERNEL_VERSIONS)]
+            how = [f"{each} by {candidate.how(each, target)}" for each in ((pinned,) if pinned else KERNEL_VERSIONS)]
             return Choice(candidate, pinned, f"{candidate.name}: {'; '.join(how)}", refused)
         refused[candidate.name] = reason
     reasons = "; ".join(f"kernel {name!r}: {reason}" for name, reason in refused.items())
@@ -108,7 +116,7 @@ def select_kernel_version(
         raise ConfigError(f"rows={rows!r} is no number of rows: give 0 or more.")
     target = _target(capability, device)
     choice = select(_TYPICAL, target, version, kernel)
-    limit = choice.kernel.gemv_rows
+    limit = choice.kernel.gemv_rows(_TYPICAL, target)
     taken = choice.version or ("GEMV" if rows <= limit else "GEMM")
     other = "GEMM" if taken == "GEMV" else "GEMV"
     count = "1 row" if rows == 1 else f"{rows} rows"
@@ -117,7 +125,10 @@ def select_kernel_version(
     else:
         why = f"{taken} for {count}: GEMV serves up to {limit} rows, GEMM more"
         why_not = f"it serves {'more than' if taken == 'GEMV' else 'up to'} {limit} rows"
-    how = f"{choice.kernel.versions[taken]}{_unusable(target)}"
+    how = choice.kernel.how(taken, target)
+    if reason := _passed_over(choice.kernel, target, choice.refused):
+        how += f" ({target.kind!r} does not run: {reason})"
+    how += _unusable(target)
     return VersionChoice(taken, f"{why}; {target} runs it by {how}", {other: why_not}, choice.kernel.name, how)
 
 
@@ -172,9 +183,16 @@ def _unusable(device: Device) -> str:
     return ""
 
 
+def _passed_over(kernel: Kernel, device: Device, refused: dict[str, str]) -> str | None:
+    """Why `portable` runs, and not the kernel made for this kind of device, whose name is the kind's."""
+    return refused.get(device.kind) if kernel.name == "portable" else None
+
+
 def _say_fallback(kernel: Kernel, device: Device, refused: dict[str, str]) -> None:
-    if device.kind == "cpu" and kernel.name == "portable" and "cpu" in refused:
-        _say_once(f"linears run on the slower 'portable' kernel, since {refused['cpu']}")
+    expected = device.kind == "cuda" and (device.hypothetical or (device.capability or OWN_KERNELS) < OWN_KERNELS)
+    reason = _passed_over(kernel, device, refused)
+    if reason and not expected:
+        _say_once(f"linears run on the slower 'portable' kernel, since {reason}")
 
 
 @lru_cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.hardware import Device
-from awq.kernels.base import LinearSpec, Weights
+from awq.kernels.base import LinearSpec, RowKernel, Weights
 from awq.packing import Outliers, PackedInt4
 
 _HOW = {"GEMV": "torch's int4 CPU kernel, in bf16", "GEMM": "dequantizing to bf16, then one product"}
@@ -26,12 +26,11 @@ _PADDED = 64  # out_features are padded to a multiple of this, so that every blo
 _CHUNK = 1 << 20  # weights dequantized at a time: about what the second-level cache holds
 
 
-class CpuInt4:
+class CpuInt4(RowKernel):
     name = "cpu"
     versions = _HOW
 
-    @property
-    def gemv_rows(self) -> int:
+    def gemv_rows(self, spec: LinearSpec, device: Device | torch.device, weights: Weights | None = None) -> int:
         """Where dequantizing pays: measured on the linears of a 135M model, one core, with AVX-512 and AVX2."""
         return 48 if _block() == 64 else 24
 
@@ -44,7 +43,13 @@ class CpuInt4:
             return f"torch {torch.__version__} has no fast int4 kernel for this {device}"
         return None
 
-    def prepare(self, packed: PackedInt4, outliers: Outliers | None, device: torch.device) -> dict[str, Tensor]:
+    def prepare(
+        self,
+        packed: PackedInt4,
+        outliers: Outliers | None,
+        device: torch.device,
+        dtype: torch.dtype = torch.float16,
+    ) -> dict[str, Tensor]:
         codes, (scales, zeros) = packed.codes(), _affine(packed)
         weights = {
             "cpu_codes": torch._convert_weight_to_int4pack_for_cpu(_pad(codes.to(torch.int32), 0), 1),
@@ -56,7 +61,7 @@ class CpuInt4:
             weights |= {"cpu_index": index, "cpu_residual": outliers.residual.float() + lost}
         return weights
 
-    def __call__(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
         native = x.dtype == torch.bfloat16  # `to` costs a microsecond even where it has nothing to do
         a = (x if native else x.to(torch.bfloat16)).contiguous()
         codes, scales = weights["cpu_codes"], weights["cpu_scales_and_zeros"]

@@ -16,7 +16,7 @@ class Portable(Reference):
     name = "portable"
     versions = dict.fromkeys(KERNEL_VERSIONS, "torch's own operators, dequantizing and then multiplying")
 
-    def __call__(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
+    def multiply(self, x: Tensor, weights: Weights, spec: LinearSpec, version: str) -> Tensor:
         # CPUs multiply bf16 several times faster than fp16.
         slow = x.dtype == torch.float16 and x.device.type == "cpu"
         return dequantize_and_multiply(x, weights, torch.bfloat16 if slow else x.dtype).to(x.dtype)

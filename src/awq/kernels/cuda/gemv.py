@@ -1,0 +1,189 @@
+"""The GEMV kernel: 1 to 8 rows at the speed at which the weight is read. See src/gemv.cu for how."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq import jit
+from awq.kernels.cuda.layout import GROUPS, SOURCES, TILE_ROWS, UNIT_BYTES, UNIT_K, Units
+
+MAX_ROWS = 8
+SOURCE = SOURCES / "gemv.cu"
+
+# struct Params of gemv.cu: 7 pointers, x_stride; rows, out_features, in_features, tiles, extra, units, kept_steps,
+# stages, in_flight, ahead. What changes from call to call comes first.
+_PARAMS = struct.Struct("<7Qq10i")
+_CHANGING = struct.Struct("<7Qq")
+_SIZES = struct.Struct("<10i")
+_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
+_BARRIERS = 8 * (2 * (_MAX_STAGES + _SLOTS) + _MAX_CHUNKS)
+_RESERVED = 1024  # bytes of shared memory that a block takes beside its own
+# A block that reads no more than so many units shares its multiprocessor with the next kernel's, which then has all its
+# weights when x arrives: 4096 x 4096 in 3.1 us instead of 3.7. Larger ones need the whole memory for their ring.
+_FEW_UNITS = 40
+_AHEAD = 1 << 20  # stages left to request when the next kernel may start: at once, later gained nothing
+
+
+class Shape(NamedTuple):
+    """What a launch is made for; two weights of one shape share it."""
+
+    in_features: int
+    out_features: int
+    group: int
+    kept_steps: int
+    bf16: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.out_features // TILE_ROWS)
+
+    @property
+    def units(self) -> int:
+        return -(-self.in_features // UNIT_K)
+
+
+class Plan(NamedTuple):
+    """How a GPU runs a shape.
+
+    warps: that multiply; a stage is a unit for each
+    stages: of the ring, 0 where there is none
+    in_flight: half stages requested at a time, 0 for no limit
+    shared: bytes of shared memory of a block
+    """
+
+    warps: int
+    stages: int
+    in_flight: int
+    shared: int
+
+
+def gemv(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
+    """out = x W^T + x[:, kept] R + bias on the current stream.
+
+    x: [rows, in_features] float16 or bfloat16, at most `max_rows` rows, 16-byte aligned, rows a multiple of 8 apart and
+       zero up to the next multiple of 8 channels
+    bias: [out_features] of x's dtype; out: [rows, out_features] of x's dtype, contiguous
+    """
+    kept, index = units.kept, units.index
+    steps = 0 if kept is None else kept.shape[1]
+    shape = Shape(units.in_features, units.out_features, units.group, steps, x.dtype == torch.bfloat16)
+    device = x.device.index
+    launcher = _launcher(device, shape, x.shape[0], jit.programmatic())
+    with launcher.lock:
+        _CHANGING.pack_into(
+            launcher.params,
+            0,
+            units.codes.data_ptr(),
+            units.affine.data_ptr(),
+            0 if kept is None else kept.data_ptr(),
+            0 if index is None else index.data_ptr(),
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.stride(0),
+        )
+        launcher(torch._C._cuda_getCurrentRawStream(device))
+
+
+def max_rows(shape: Shape, device: int) -> int:
+    """How many rows one launch takes: they must lie in shared memory beside the ring. 0: not even one."""
+    available, sms = _shared_memory(device), _multiprocessors(device)
+    ring = has_ring(_arch(device))
+    fits = (rows for rows in range(MAX_ROWS, 0, -1) if plan(shape, rows, sms, available, ring) is not None)
+    return next(fits, 0)
+
+
+def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan | None:
+    """The plan for `rows` rows on `sms` multiprocessors with `available` bytes of shared memory each; None: no room."""
+    if not ring:
+        shared = _shared(shape, rows, 8, 0)
+        return Plan(8, 0, 0, shared) if shared <= available else None
+    units = _busiest(shape, sms) * shape.units
+    if units <= _FEW_UNITS and (chosen := _fit(shape, rows, 8, range(5, 3, -1), 6, available // 2 - _RESERVED)):
+        return chosen
+    chosen = _fit(shape, rows, 16, range(5 if shape.units <= 16 else 4, 1, -1), 4, available)
+    # More than half, so that one block runs on each multiprocessor.
+    return chosen and chosen._replace(shared=max(chosen.shared, available // 2 + _RESERVED))
+
+
+def _fit(shape: Shape, rows: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
+    """The first of `stages` that leaves room for x."""
+    fits = (Plan(warps, each, in_flight, _shared(shape, rows, warps, each)) for each in stages)
+    return next((plan._replace(in_flight=min(in_flight, 2 * plan.stages)) for plan in fits if plan.shared <= most), None)
+
+
+def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
+    """Every (source, kernel, arch, defines) that can be asked for on `arch`."""
+    for group in GROUPS:
+        yield SOURCES / "repack.cu", "repack", arch, {"GROUP": group}
+        for bf16 in (0, 1) if arch != "sm_75" else (0,):
+            for rows in (1, MAX_ROWS):
+                for warps in (8, 16) if has_ring(arch) else (8,):
+                    yield SOURCE, "gemv", arch, _defines(group, bool(bf16), rows, warps, arch)
+
+
+def _defines(group: int, bf16: bool, rows: int, warps: int, arch: str) -> dict[str, int]:
+    ring = int(has_ring(arch))
+    return {"GROUP": group, "AWQ_BF16": int(bf16), "ROWS": 1 if rows == 1 else 8, "WARPS": warps, "AWQ_RING": ring}
+
+
+@lru_cache(4096)
+def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
+    """The launch of `rows` rows, with every parameter that does not change already in place."""
+    arch, sms = _arch(device), _multiprocessors(device)
+    ring = has_ring(arch)
+    chosen = plan(shape, rows, sms, _shared_memory(device), ring)
+    if chosen is None:
+        raise ValueError(f"{rows} rows of {shape.in_features} channels do not fit into shared memory: see max_rows")
+    kernel = jit.kernel(SOURCE, "gemv", arch, _defines(shape.group, shape.bf16, rows, chosen.warps, arch))
+    threads = 32 * (chosen.warps + (2 if ring else 1))
+    grid = min(sms, shape.tiles)
+    launcher = kernel.launcher(grid, threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
+    in_features = -(-shape.in_features // 8) * 8
+    sizes = (rows, shape.out_features, in_features, *divmod(shape.tiles, grid), shape.units, shape.kept_steps)
+    _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, _AHEAD)
+    return launcher
+
+
+def _busiest(shape: Shape, sms: int) -> int:
+    """Tiles of the block that has most."""
+    return -(-shape.tiles // min(sms, shape.tiles))
+
+
+def _shared(shape: Shape, rows: int, warps: int, stages: int) -> int:
+    """Bytes of shared memory: `layout_of` of gemv.cu."""
+    one = rows == 1
+    ring = stages * warps * (UNIT_BYTES + 40 * UNIT_K // shape.group)
+    sums = _SLOTS * warps * 32 * (8 if one else 16)
+    x = 3 * (shape.units * UNIT_K + 64) if one else rows * (shape.units * UNIT_K * 2 + 16)
+    table = shape.units * (UNIT_K // shape.group) * 8 if one else 0
+    kept = (1 if one else MAX_ROWS) * (shape.kept_steps * 16 + 8) * 2
+    return ring + sums + x + 16 + table + kept + 15 + _BARRIERS
+
+
+def has_ring(arch: str) -> bool:
+    """Bulk copies, and the shared memory for a ring: sm_90 and sm_100; sm_120 has the copies but 99 KB."""
+    return arch.startswith(("sm_90", "sm_10"))
+
+
+@lru_cache
+def _arch(device: int) -> str:
+    return str(jit.arch_of(torch.cuda.get_device_capability(device)))
+
+
+@lru_cache
+def _shared_memory(device: int) -> int:
+    facts: Any = torch.cuda.get_device_properties(device)
+    return int(facts.shared_memory_per_block_optin)
+
+
+@lru_cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,495 @@
+// GEMM for few rows, with mma.sync: y [rows, N] = x [rows, K] W^T (+ kept channels) (+ bias). sm_75 and newer.
+//
+// Layout of the weight: "units", drawn in common.cuh. A tile is BLOCK_TILES * 16 weight rows x TOKENS rows of x; k is
+// walked in steps of SLICES * 64. A block's shared memory:
+//
+//     stage 0 .. STAGES - 1      x [SLICES][TOKENS][64 k], 16-byte pieces swizzled: piece p of row t lies at p ^ (t & 7)
+//                                codes [BLOCK_TILES][SLICES][512 bytes]
+//     affine 0 .. STAGES - 1     [BLOCK_TILES][AFFINE_BYTES]
+//     sums                       partial sums on their way from one warp to another
+//     barriers                   full and empty, one of each a stage
+//     kept x                     [TOKENS][kept_room * 16 channels + 8]
+//
+// Warps: ROW_WARPS x K_WARPS consumers, each WARP_TILES tiles of 16 rows x its own SLICES / K_WARPS slices of k; and the
+// producers. Scales multiply the float32 sum of a group and not the weights (SCALE_SUMS): 5 % faster at 16 tokens, and
+// nothing is rounded before the result. Four stages: rings of 2, 6 and 8 were 8, 6 and 9 % slower.
+//
+// COPY, how a stage is filled:
+//     2 TENSOR   tensor copies by one lane (sm_90 and newer); 13 % faster than
+//     1 ASYNC    16-byte cp.async by four warps (sm_80 and newer), and
+//     0 PLAIN    loads to registers under the products of the stage before, no producers, no barriers (sm_75)
+#include "gemm_common.cuh"
+
+#ifndef TOKENS
+#define TOKENS 16
+#endif
+#ifndef ROW_WARPS
+#define ROW_WARPS 4
+#endif
+#ifndef K_WARPS
+#define K_WARPS 2
+#endif
+#ifndef WARP_TILES
+#define WARP_TILES 2
+#endif
+#ifndef SLICES
+#define SLICES 4
+#endif
+#ifndef STAGES
+#define STAGES 4
+#endif
+#ifndef SCALE_SUMS
+#define SCALE_SUMS 1
+#endif
+#ifndef COPY
+#define COPY 2
+#endif
+
+constexpr bool PLAIN = COPY == 0, ASYNC = COPY == 1;
+constexpr int CONSUMERS = ROW_WARPS * K_WARPS, PRODUCERS = PLAIN ? 0 : ASYNC ? 4 : 1;
+constexpr int CONSUMER_THREADS = 32 * CONSUMERS, THREADS = 32 * (CONSUMERS + PRODUCERS);
+constexpr int BLOCK_TILES = ROW_WARPS * WARP_TILES;
+constexpr int WARP_SLICES = SLICES / K_WARPS, STEP_K = 64 * SLICES;
+constexpr int N8 = TOKENS / 8, SUMS = 4 * N8;        // n8 blocks; float32 sums of a lane for one tile of 16 rows
+constexpr int OWN_TILES = WARP_TILES / K_WARPS;      // tiles that a warp finishes, of those it shares with K_WARPS - 1
+constexpr int UNROLLED_SLICES = TOKENS == 64 || TOKENS == 32 && GROUP < 128 ? 1 : WARP_SLICES;
+constexpr int GROUP_STEPS = GROUP / 16 < 4 * UNROLLED_SLICES ? GROUP / 16 : 4 * UNROLLED_SLICES;  // k16 steps under one scale
+constexpr int X_AHEAD = TOKENS <= 32 ? 4 : 1;        // k16 steps whose fragments of x are loaded at once
+
+constexpr int X_SLICE = TOKENS * 128, X_BYTES = SLICES * X_SLICE, CODE_BYTES = BLOCK_TILES * SLICES * 512;
+constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES, STAGE_AFFINE = BLOCK_TILES * AFFINE_BYTES;
+constexpr int AFFINE_AT = STAGES * STAGE_BYTES;
+constexpr int SUMS_AT = AFFINE_AT + STAGES * STAGE_AFFINE;
+constexpr int BARRIERS_AT = SUMS_AT + ROW_WARPS * K_WARPS * (WARP_TILES - OWN_TILES) * SUMS * 128;
+constexpr int KEPT_AT = BARRIERS_AT + 128;
+static_assert(WARP_TILES % K_WARPS == 0 && SLICES % K_WARPS == 0 && TOKENS % 16 == 0 && STAGES <= 8, "shape");
+#ifdef SHARED_BYTES
+static_assert(KEPT_AT == SHARED_BYTES, "designs.py computes another size");
+#endif
+
+DEVICE void load_matrices(u32 (&b0)[2], u32 (&b1)[2], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(b0[0]), "=r"(b0[1]), "=r"(b1[0]), "=r"(b1[1]) : "r"(address));
+}
+DEVICE u32 transpose_matrix(u32 v) {
+  u32 r; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v)); return r;
+}
+
+// A tile's place: row blocks after one another, each with all its tokens.
+struct Place {
+  int token_tile = 0, row_block;
+  DEVICE Place(const Params& p, int tile) : row_block(tile) {
+    if (p.token_tiles > 1) {
+      row_block = (u32)tile / (u32)p.token_tiles;
+      token_tile = tile - row_block * p.token_tiles;
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------- filling a stage, piece by piece
+
+// 16 bytes on their way to shared memory, of which the first `bytes` exist and the rest is 0.
+struct Piece { u32 to; const u8* from; int bytes; };
+
+struct Pieces {
+  const Params& p;
+  u32 stage, affine;
+  int row_block, token_tile, step;
+
+  static constexpr int CODES = CODE_BYTES / 16, AFFINE = STAGE_AFFINE / 16, X = X_BYTES / 16;
+
+  DEVICE int tile(int i) const { return row_block * BLOCK_TILES + i; }
+  DEVICE int tiles() const { return (p.out_features + 15) / 16; }
+  DEVICE int units() const { return (p.in_features + UNIT_K - 1) / UNIT_K; }
+  DEVICE int unit() const { return step * SLICES / 4; }
+
+  DEVICE Piece codes(int i) const {
+    int t = i / (SLICES * 32), within = (step * SLICES % 4) * 512 + i % (SLICES * 32) * 16;
+    bool there = tile(t) < tiles();
+    u64 at = there ? ((u64)tile(t) * units() + unit()) * UNIT_BYTES + within : 0;
+    return {stage + X_BYTES + i * 16, p.code_bytes + at, there ? 16 : 0};
+  }
+  DEVICE Piece scales(int i) const {
+    constexpr int EACH = AFFINE_BYTES / 16;
+    bool there = tile(i / EACH) < tiles();
+    u64 at = there ? ((u64)tile(i / EACH) * units() + unit()) * AFFINE_BYTES + i % EACH * 16 : 0;
+    return {affine + i * 16, p.affine_bytes + at, there ? 16 : 0};
+  }
+  DEVICE Piece tokens(int i) const {
+    int t = i / (SLICES * 8), c = i % (SLICES * 8), row = token_tile * TOKENS + t, k = step * STEP_K + c * 8;
+    int bytes = row < p.rows ? max(0, min(16, 2 * (p.in_features - k))) : 0;
+    u64 at = bytes ? (u64)row * p.x_stride + k : 0;
+    return {stage + (c >> 3) * X_SLICE + t * 128 + (((c & 7) ^ (t & 7)) << 4), (const u8*)(p.x_values + at), bytes};
+  }
+};
+
+DEVICE void copy_piece(const Piece& c) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(c.to), "l"(c.from), "r"(c.bytes) : "memory");
+#endif
+}
+
+DEVICE uint4 load_piece(const Piece& c) {
+  if (c.bytes == 16) return load_fresh16(c.from);
+  u32 words[4] = {0, 0, 0, 0};
+  for (int i = 0; i < 8; i++)
+    if (2 * i < c.bytes) words[i / 2] |= (u32)load_fresh2(c.from + 2 * i) << 16 * (i % 2);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// PLAIN: the next stage in registers.
+struct Held {
+  static constexpr int CODES = (Pieces::CODES + THREADS - 1) / THREADS, X = (Pieces::X + THREADS - 1) / THREADS,
+                       AFFINE = (Pieces::AFFINE + THREADS - 1) / THREADS;
+  uint4 codes[CODES], tokens[X], scales[AFFINE];
+
+  DEVICE void load(const Pieces& from) {
+#pragma unroll
+    for (int i = 0; i < CODES; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) codes[i] = load_piece(from.codes(i * THREADS + threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < AFFINE; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE) scales[i] = load_piece(from.scales(i * THREADS + threadIdx.x));
+#pragma unroll
+    for (int i = 0; i < X; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::X) tokens[i] = load_piece(from.tokens(i * THREADS + threadIdx.x));
+  }
+  DEVICE void store(const Pieces& to) const {
+#pragma unroll
+    for (int i = 0; i < CODES; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) store_shared16(to.codes(i * THREADS + threadIdx.x).to, codes[i]);
+#pragma unroll
+    for (int i = 0; i < AFFINE; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE)
+        store_shared16(to.scales(i * THREADS + threadIdx.x).to, scales[i]);
+#pragma unroll
+    for (int i = 0; i < X; i++)
+      if (i * THREADS + (int)threadIdx.x < Pieces::X) store_shared16(to.tokens(i * THREADS + threadIdx.x).to, tokens[i]);
+  }
+};
+
+// ------------------------------------------------------------------------------- the ring of stages and its barriers
+
+#if __CUDA_ARCH__ >= 800
+DEVICE void ring_init(u32 bar, u32 count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+DEVICE void ring_arrive(u32 bar) {
+  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(bar) : "memory");
+}
+DEVICE void ring_arrive_after_copies(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
+}
+DEVICE void ring_wait(u32 bar, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+  barrier_wait(bar, parity);
+#else
+  asm volatile("{ .reg .pred p; WAIT_%=: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @p bra DONE_%=; "
+               "bra WAIT_%=; DONE_%=: }" ::"r"(bar), "r"(parity) : "memory");
+#endif
+}
+#endif
+
+struct Ring {
+  u32 shared;
+  int stage = 0;
+  u32 parity;
+
+  DEVICE Ring(u32 shared_, u32 parity_) : shared(shared_), parity(parity_) {}
+  DEVICE u32 full() const { return shared + BARRIERS_AT + 8 * stage; }
+  DEVICE u32 empty() const { return shared + BARRIERS_AT + 64 + 8 * stage; }
+  DEVICE u32 data() const { return shared + stage * STAGE_BYTES; }
+  DEVICE u32 affine() const { return shared + AFFINE_AT + stage * STAGE_AFFINE; }
+  DEVICE void advance() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
+};
+
+#if __CUDA_ARCH__ >= 800
+DEVICE void init_ring(u32 shared) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      ring_init(shared + BARRIERS_AT + 8 * s, ASYNC ? PRODUCERS * 32 : 1);
+      ring_init(shared + BARRIERS_AT + 64 + 8 * s, CONSUMERS);
+    }
+#if __CUDA_ARCH__ >= 900
+    barrier_init_done();
+#endif
+  }
+  __syncthreads();
+}
+
+// The producers: every step of every segment into the ring. Weights are asked for before the wait for earlier kernels.
+DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
+  Ring ring(shared, 1);
+  bool waited = false;
+  Segment s;
+  while (schedule.next(s)) {
+    const Place at(p, s.tile);
+    for (int step = s.first; step < s.last; step++) {
+      ring_wait(ring.empty(), ring.parity);
+#if COPY == 2
+      if (threadIdx.x % 32 == 0) {
+        barrier_expect(ring.full(), STAGE_BYTES + STAGE_AFFINE);
+        copy_box(ring.data() + X_BYTES, p.codes, step * SLICES * 64, at.row_block * BLOCK_TILES, ring.full());
+        copy_box(ring.affine(), p.affine, step * SLICES / 4 * (AFFINE_BYTES / 8), at.row_block * BLOCK_TILES, ring.full());
+        if (!waited) wait_for_earlier_kernels();
+#pragma unroll
+        for (int j = 0; j < SLICES; j++)
+          copy_box(ring.data() + j * X_SLICE, p.x, step * STEP_K + j * 64, at.token_tile * TOKENS, ring.full());
+      }
+      __syncwarp();
+#else
+      Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, step};
+      int first = threadIdx.x - CONSUMER_THREADS;
+#pragma unroll 4
+      for (int i = first; i < Pieces::CODES; i += PRODUCERS * 32) copy_piece(pieces.codes(i));
+      for (int i = first; i < Pieces::AFFINE; i += PRODUCERS * 32) copy_piece(pieces.scales(i));
+      if (!waited) wait_for_earlier_kernels();
+#pragma unroll 4
+      for (int i = first; i < Pieces::X; i += PRODUCERS * 32) copy_piece(pieces.tokens(i));
+      ring_arrive_after_copies(ring.full());
+#endif
+      waited = true;
+      ring.advance();
+    }
+  }
+#if COPY == 1
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------- products
+
+// A warp's part of one stage, added to acc. slice: of the stage's first 64 k within their unit.
+DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 affine, int slice, int k_warp) {
+  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7;
+  float group_sums[WARP_TILES][SUMS];
+  float (&sums)[WARP_TILES][SUMS] = SCALE_SUMS ? group_sums : acc;
+  Zeros zeros[WARP_TILES];
+  Scales scales[WARP_TILES];
+  float sum_scale[WARP_TILES][2];
+  u32 b[X_AHEAD][N8][2];
+#pragma unroll (UNROLLED_SLICES)
+  for (int jj = 0; jj < WARP_SLICES; jj++) {
+    const int j = k_warp * WARP_SLICES + jj;
+    uint4 q[WARP_TILES];
+#pragma unroll
+    for (int m = 0; m < WARP_TILES; m++) q[m] = load_shared16(codes + (m * SLICES + j) * 512 + lane * 16);
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+      if ((jj % UNROLLED_SLICES * 4 + s) % GROUP_STEPS == 0) {
+        int group = ((slice + j) * 4 + s) / (GROUP / 16);
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+          u32 pair = load_shared4(affine + m * AFFINE_BYTES + scale_offset(lane) + group * 4);
+          zeros[m] = zeros_from(load_shared1(affine + m * AFFINE_BYTES + zero_offset(lane) + group));
+          if (SCALE_SUMS) {
+            sum_scale[m][0] = low_half(pair);
+            sum_scale[m][1] = high_half(pair);
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sums[m][i] = 0.f;
+          } else {
+            scales[m] = scales_from(pair);
+          }
+        }
+      }
+      if (s % X_AHEAD == 0) {
+#pragma unroll
+        for (int a = 0; a < X_AHEAD; a++)
+#pragma unroll
+          for (int n = 0; n < N8; n += 2)
+            load_matrices(b[a][n], b[a][n + 1],
+                          x + j * X_SLICE + (n * 8 + (matrix >> 1) * 8 + row) * 128
+                              + ((((s + a) * 2 + (matrix & 1)) ^ row) << 4));
+      }
+      u32 a[WARP_TILES][4];
+#pragma unroll
+      for (int m = 0; m < WARP_TILES; m++) {
+        differences(a[m], q[m], s, zeros[m]);
+        if (!SCALE_SUMS) scale_fragment(a[m], scales[m]);
+      }
+#pragma unroll
+      for (int n = 0; n < N8; n++)
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+          float (&d)[4] = *(float (*)[4])(sums[m] + 4 * n);
+          mma_acc(d, a[m][0], a[m][1], a[m][2], a[m][3], b[s % X_AHEAD][n][0], b[s % X_AHEAD][n][1]);
+        }
+      if (SCALE_SUMS && (jj % UNROLLED_SLICES * 4 + s + 1) % GROUP_STEPS == 0) {
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++)
+#pragma unroll
+          for (int i = 0; i < SUMS; i++) acc[m][i] += sums[m][i] * sum_scale[m][(i >> 1) & 1];
+      }
+    }
+  }
+}
+
+// Whether x at the kept channels is gathered once, for all tiles.
+DEVICE bool kept_once(const Params& p) { return p.token_tiles == 1 && p.kept_steps == p.kept_room; }
+
+// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together.
+DEVICE void gather_kept(const Params& p, u32 to, int token_tile, int first, int steps) {
+  named_barrier(1, CONSUMER_THREADS);
+#pragma unroll (TOKENS <= 32 ? 4 : 1)
+  for (int i = threadIdx.x; i < TOKENS * steps * 16; i += CONSUMER_THREADS) {
+    int t = i / (steps * 16), j = i - t * (steps * 16), row = token_tile * TOKENS + t;
+    int channel = p.kept_index[first * 16 + j];
+    u16 v = channel < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channel);
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + j * 2), "h"(v) : "memory");
+  }
+  named_barrier(1, CONSUMER_THREADS);
+}
+
+// The kept channels' part of a tile; the k warps share its k16 steps. tile: of the warp's first 16 rows.
+DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x, int token_tile, int tile, int k_warp) {
+  const int lane = threadIdx.x % 32, tiles = (p.out_features + 15) / 16, room = p.kept_room;
+  for (int first = 0; first < p.kept_steps; first += room) {
+    int steps = min(room, p.kept_steps - first);
+    if (!kept_once(p)) gather_kept(p, kept_x, token_tile, first, steps);
+    u32 x = kept_x + (lane >> 2) * (room * 32 + 16) + (lane & 3) * 4;
+#pragma unroll (TOKENS <= 16 ? 2 : 1)
+    for (int s = k_warp; s < steps; s += K_WARPS) {
+      uint4 a[WARP_TILES];
+#pragma unroll
+      for (int m = 0; m < WARP_TILES; m++) {
+        a[m] = make_uint4(0, 0, 0, 0);
+        if (tile + m < tiles)
+          a[m] = load_stream16(p.kept + ((u64)(tile + m) * p.kept_steps + first + s) * KEPT_STEP_BYTES + lane * 16);
+      }
+#pragma unroll
+      for (int n = 0; n < N8; n++) {
+        u32 at = x + n * 8 * (room * 32 + 16) + s * 32, b0 = load_shared4(at), b1 = load_shared4(at + 16);
+#pragma unroll
+        for (int m = 0; m < WARP_TILES; m++) {
+          float (&d)[4] = *(float (*)[4])(acc[m] + 4 * n);
+          mma_acc(d, as_activations(a[m].x), as_activations(a[m].y), as_activations(a[m].z), as_activations(a[m].w), b0, b1);
+        }
+      }
+    }
+  }
+}
+
+// Sums over the K_WARPS warps of the same rows: each keeps OWN_TILES of its tiles and hands the others over.
+DEVICE void exchange_sums(float (&own)[OWN_TILES][SUMS], const float (&acc)[WARP_TILES][SUMS], u32 shared, int row_warp,
+                          int k_warp) {
+  constexpr int PIECES = OWN_TILES * SUMS / 4;
+  u32 at = shared + SUMS_AT + row_warp * K_WARPS * (WARP_TILES - OWN_TILES) * SUMS * 128 + threadIdx.x % 32 * 16;
+  if (K_WARPS > 1) named_barrier(1, CONSUMER_THREADS);
+#pragma unroll
+  for (int to = 0; to < K_WARPS; to++) {
+    int slot = to * (K_WARPS - 1) + (k_warp < to ? k_warp : k_warp - 1);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const float* v = &acc[to * OWN_TILES + i / (SUMS / 4)][i % (SUMS / 4) * 4];
+      if (to != k_warp) {
+        store_shared16(at + (slot * PIECES + i) * 512, v);
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) own[i / (SUMS / 4)][i % (SUMS / 4) * 4 + e] = v[e];
+      }
+    }
+  }
+  if (K_WARPS > 1) named_barrier(1, CONSUMER_THREADS);
+#pragma unroll
+  for (int slot = 0; slot < K_WARPS - 1; slot++)
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+      add_shared16(&own[i / (SUMS / 4)][i % (SUMS / 4) * 4], at + ((k_warp * (K_WARPS - 1) + slot) * PIECES + i) * 512);
+}
+
+// bias and rounding; then every lane has two adjacent columns of y for a token, after a transposition of 8 x 8.
+DEVICE void store_tiles(const Params& p, const float (&own)[OWN_TILES][SUMS], int row0, int token0) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < OWN_TILES; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      int row = row0 + m * 16 + h * 8;
+      if (row >= p.out_features) continue;
+      float bias = p.bias ? widen(p.bias[row + (lane >> 2)]) : 0.f;
+#pragma unroll
+      for (int n = 0; n < N8; n++) {
+        u32 v = transpose_matrix(narrow2(own[m][n * 4 + h * 2] + bias, own[m][n * 4 + h * 2 + 1] + bias));
+        int token = token0 + n * 8 + (lane >> 2);
+        if (token < p.rows) *(u32*)(p.y + (u64)token * p.out_features + row + (lane & 3) * 2) = v;
+      }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 dynamic[];
+  const u32 shared = shared_address(dynamic);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Schedule schedule(p, blockIdx.x);
+#if COPY != 0
+  init_ring(shared);
+#endif
+  let_next_kernel_start();
+#if COPY != 0
+  if (warp >= CONSUMERS) return produce(p, schedule, shared);
+#endif
+  wait_for_earlier_kernels();
+
+  const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS, first_tile = row_warp * WARP_TILES;
+  const u32 codes_at = X_BYTES + first_tile * SLICES * 512, affine_at = first_tile * AFFINE_BYTES;
+  Ring ring(shared, 0);
+  Segment s;
+  if (p.kept_steps && kept_once(p)) gather_kept(p, shared + KEPT_AT, 0, 0, p.kept_steps);
+  while (schedule.next(s)) {
+    const Place at(p, s.tile);
+    float acc[WARP_TILES][SUMS];
+#pragma unroll
+    for (int i = 0; i < WARP_TILES * SUMS; i++) acc[i / SUMS][i % SUMS] = 0.f;
+    if (p.kept_steps && schedule.owns(s))
+      add_kept(acc, p, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, k_warp);
+
+#if COPY == 0
+    Held held;
+    Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, s.first};
+    held.load(pieces);
+#endif
+#pragma unroll 1
+    for (int step = s.first; step < s.last; step++) {
+#if COPY == 0
+      // One barrier a step: a stage is written again only after the barrier of the step between.
+      pieces.stage = ring.data();
+      pieces.affine = ring.affine();
+      held.store(pieces);
+      __syncthreads();
+      pieces.step = step + 1;
+      if (step + 1 < s.last) held.load(pieces);
+#else
+      ring_wait(ring.full(), ring.parity);
+#endif
+      multiply_stage(acc, ring.data(), ring.data() + codes_at, ring.affine() + affine_at, step * SLICES % 4, k_warp);
+#if COPY != 0
+      __syncwarp();
+      if (lane == 0) ring_arrive(ring.empty());
+#endif
+      ring.advance();
+    }
+
+    float own[OWN_TILES][SUMS];
+    exchange_sums(own, acc, shared, row_warp, k_warp);
+    constexpr int PIECES = OWN_TILES * SUMS / 4;
+    float4* partial = (float4*)p.partial + warp * PIECES * 32 + lane;
+    if (!schedule.owns(s)) {
+      partial += (u64)schedule.worker * CONSUMERS * PIECES * 32;
+#pragma unroll
+      for (int i = 0; i < PIECES; i++) store_partial(partial + i * 32, &own[i / (SUMS / 4)][i % (SUMS / 4) * 4]);
+      __syncwarp();
+      if (lane == 0) raise_flag(p.flags + schedule.worker * CONSUMERS + warp);
+      continue;
+    }
+    if (s.last < p.steps)
+      for (int w = schedule.worker + 1; schedule.shares(s, w); w++) {
+        if (lane == 0) take_flag(p.flags + w * CONSUMERS + warp);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PIECES; i++)
+          add_partial(&own[i / (SUMS / 4)][i % (SUMS / 4) * 4], partial + (u64)w * CONSUMERS * PIECES * 32 + i * 32);
+      }
+    store_tiles(p, own, (at.row_block * BLOCK_TILES + first_tile + k_warp * OWN_TILES) * 16, at.token_tile * TOKENS);
+  }
+}

@@ -1,0 +1,669 @@
+// y = x W^T + x[:, kept] R + bias for 1 to ROWS rows of x, W in the units of common.cuh. Bound by reading W.
+//
+// A block takes every gridDim-th tile of 16 output rows, and of those the units one after the other:
+//
+//    copy warp     -> ring of stages of WARPS units in shared memory, by bulk copies (AWQ_RING 0: loads to registers)
+//    math warps    -> unit u by warp u % WARPS: integer mma against x, float32 sums kept until the warp's tile changes
+//    output warp   -> adds the warps' sums of a tile in fixed order, the kept channels and the bias, and stores
+//
+// One row of x (ROWS 1) becomes fixed point, 23 bits of the largest in its group of input channels, as three int8 planes,
+// columns of the mma: exact integer sums, 2 logic operations for 8 weights (float16 products take 5 and 4 subtractions,
+// and the integer ones run at half rate), and beside a channel 1000 times larger the others keep 13 bits. 16 bits, two
+// planes, would keep 5. An mma has 8 columns, in two halves of 4: three planes and an idle one. The halves are two groups
+// of input channels, each zero where the other's are, so that one accumulator and one scaling serve both.
+//
+// In shared memory a plane holds the bytes of x as the mma wants them: per 64 k four blocks of 16 bytes, block c holding
+// of each k16 step the bytes 2c, 2c+8, 2c+1, 2c+9; block c lies at c ^ (slice / 2 % 4) to spread writes over banks.
+//
+// Up to 8 rows (ROWS 8) are the 8 columns of float products with code - zero point, both exact, so their number costs
+// little; making planes of them would cost every block more than it saves (13.3 us at 12288 x 4096 and 4 rows).
+#include "common.cuh"
+#include "dequantize.cuh"
+
+#ifndef GROUP
+#define GROUP 128
+#endif
+#ifndef ROWS  // 1, or 8 for 1 to 8
+#define ROWS 1
+#endif
+#ifndef AWQ_RING
+#define AWQ_RING 1
+#endif
+#ifndef WARPS  // that multiply
+#define WARPS 16
+#endif
+
+constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
+constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
+constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
+constexpr bool ONE = ROWS == 1;
+constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
+constexpr int SLOTS = 4;                       // tiles whose sums wait for the output warp
+constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
+constexpr int MAX_STAGES = 16;
+constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
+constexpr u32 MAGIC = 0x4B400000;              // the float 1.5 * 2^23: adding an integer below 2^22 puts it in the mantissa
+constexpr float MAGIC_FLOAT = 12582912.f;
+
+struct Params {
+  const u8* codes;
+  const u8* affine;
+  const u8* kept;      // null without
+  const int* index;
+  const u16* x;        // [rows, in_features], rows x_stride elements apart
+  const u16* bias;     // null without
+  u16* y;              // [rows, out_features]
+  long long x_stride;
+  int rows, out_features, in_features;  // in_features up to the next multiple of 8: x is zero beyond the weight's
+  int tiles, extra;    // tiles of a block, and blocks that have one more
+  int units;           // of a tile
+  int kept_steps;
+  int stages;          // of the ring
+  int in_flight;       // half stages requested and not arrived at most: 2 or more, or 0 for no limit
+  int ahead;           // the next kernel may start when so many stages are left to request
+};
+
+// Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
+struct Layout {
+  u32 ring, sums, x, zeros, table, kept_x, barriers;  // zeros and the table: one row's
+  int pitch;           // bytes from one plane, or row, of x to the next: 64, or 16, apart in the banks
+};
+DEVICE Layout layout_of(const Params& p, u32 base) {
+  Layout s;
+  s.pitch = ONE ? p.units * UNIT_K + 64 : p.units * UNIT_K * 2 + 16;
+  s.ring = base;
+  s.sums = s.ring + (AWQ_RING ? p.stages * STAGE : 0);
+  s.x = s.sums + SLOTS * SLOT;
+  s.zeros = s.x + (ONE ? 3 : p.rows) * s.pitch;
+  s.table = s.zeros + 16;
+  s.kept_x = s.table + (ONE ? p.units * GROUPS * 8 : 0);
+  s.barriers = (s.kept_x + ROWS * (p.kept_steps * 16 + 8) * 2 + 15) & ~15;
+  return s;
+}
+DEVICE u32 full_stage(const Layout& s, int i) { return s.barriers + 8 * i; }
+DEVICE u32 empty_stage(const Layout& s, int i) { return s.barriers + 8 * (MAX_STAGES + i); }
+DEVICE u32 full_chunk(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + i); }
+DEVICE u32 full_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + i); }
+DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + SLOTS + i); }
+
+// This block's tiles are blockIdx.x, blockIdx.x + gridDim.x, ...: neighbours in memory are read at the same time (in one
+// run of tiles a block instead, 12288 x 4096 took 3 % longer).
+DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.extra); }
+DEVICE int tile_at(int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
+// Warps that have a unit of a given tile.
+DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WARPS; }
+
+// -------------------------------------------------------------- signals between warps, also where there is no mbarrier
+
+DEVICE void signal_init(u32 at, u32 count) {
+#if __CUDA_ARCH__ >= 800
+  barrier_init(at, count);
+#else
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(at), "l"(0ull) : "memory");
+#endif
+}
+// By a whole warp, whose accesses before are over.
+DEVICE void signal(u32 at) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0)
+#if __CUDA_ARCH__ >= 800
+    barrier_arrive(at);
+#else
+    asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");
+#endif
+}
+// Until `count` signals came for the `turn`-th time (from 0; -1 is over at once).
+DEVICE void await(u32 at, int turn, int count) {
+#if __CUDA_ARCH__ >= 800
+  barrier_wait(at, turn & 1);
+#else
+  int seen;
+  do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(at) : "memory");
+  while (seen < (turn + 1) * count);
+#endif
+}
+
+// ------------------------------------------------------------------------------------------------- x to shared memory
+
+// 8 k of a k16 step, 4d..4d+3 and 4d+8..4d+11 (d = part % 2), become 8 bytes of each plane, the blocks 2d and 2d + 1, and
+// each group an entry of the table: {step, sum / 65536}. A step is worth 1/16 of the last plane's unit, since the odd
+// steps' codes come 16 times too large.
+DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
+  float v[8], most = 0.f, sum = 0.f;
+  widen2(raw.x, v[0], v[1]);
+  widen2(raw.y, v[2], v[3]);
+  widen2(raw.z, v[4], v[5]);
+  widen2(raw.w, v[6], v[7]);
+#pragma unroll
+  for (int e = 0; e < 8; e++) { most = fmaxf(most, fabsf(v[e])); sum += v[e]; }
+#pragma unroll
+  for (int o = 1; o < GROUP / 8; o <<= 1) {
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
+    sum += __shfl_xor_sync(~0u, sum, o);
+  }
+  if (!there) return;
+  float scale = most > 1e-30f ? __fdividef(FIXED_MAX, most) : 0.f;
+  // NaN and infinity are in the sum, whichever the largest is: they make the whole row's result NaN.
+  float unit = fabsf(sum) < __int_as_float(0x7f800000) ? most * (1.f / (FIXED_MAX * 16.f)) : __int_as_float(0x7fffffff);
+  u32 x[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) x[e] = __float_as_uint(fmaf(v[e], scale, MAGIC_FLOAT));
+  u32 slice = part >> 3, turn = (slice >> 1) & 3, at = s.x + slice * 64 + ((part >> 1) & 3) * 4, block = 2 * (part & 1);
+  auto put = [&](int plane, u32 add, u32 pick) {  // a digit of -128..127 is a byte after adding half of what lies below
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      u32 even = __byte_perm(x[2 * e] + add, x[2 * e + 4] + add, pick), odd = __byte_perm(x[2 * e + 1] + add, x[2 * e + 5] + add, pick);
+      store_shared4(at + plane * s.pitch + (((block + e) ^ turn) << 4), __byte_perm(even, odd, 0x5410));
+    }
+  };
+  put(0, 0x8080u - (MAGIC & 0xff0000), 0x0062);
+  put(1, 0x80u, 0x0051);
+  put(2, 0, 0x0040);
+  if ((part & (GROUP / 8 - 1)) == 0) store_shared8(s.table + part / (GROUP / 8) * 8, unit, sum * (1.f / 65536.f));
+}
+
+// x reaches shared memory in chunks of 8 k a math thread: as much as one stage of the ring multiplies. The math of the
+// first stage starts when its chunk is there: of 28672 channels, all at once took 2 us in which nothing was read.
+DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
+
+// One row: loads, planes, stores. Several chunks are asked for at a time, or each would wait for the second-level cache.
+constexpr int AT_ONCE = 4;
+DEVICE uint4 load_part(const Params& p, int part) {
+  int k = 16 * (part >> 1) + 4 * (part & 1);
+  uint2 lower = k < p.in_features ? load_fresh8(p.x + k) : make_uint2(0, 0);
+  uint2 upper = k + 8 < p.in_features ? load_fresh8(p.x + k + 8) : make_uint2(0, 0);
+  return make_uint4(lower.x, lower.y, upper.x, upper.y);
+}
+DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
+  make_planes(s, raw, part < p.units * (UNIT_K / 8), part);
+}
+
+// Several rows, by one warp: bulk copies that math warps await. What lies beyond the channels is zero.
+#if AWQ_RING
+constexpr int CHUNK_K = 8 * MATH_THREADS;
+DEVICE void copy_rows(const Params& p, const Layout& s, int lane) {
+  if (lane == 0)
+    for (int i = 0; i < chunks_of(p); i++) {
+      int left = p.in_features - i * CHUNK_K, bytes = 2 * (left < CHUNK_K ? left : CHUNK_K);
+      barrier_expect(full_chunk(s, i), p.rows * bytes);
+      for (int row = 0; row < p.rows; row++)
+        copy_bulk(s.x + row * s.pitch + i * CHUNK_K * 2, p.x + row * p.x_stride + i * CHUNK_K, bytes, full_chunk(s, i));
+    }
+}
+DEVICE void clear_beyond(const Params& p, const Layout& s, int thread) {
+  int beyond = (p.units * UNIT_K - p.in_features) / 8;
+  if (!beyond) return;
+  for (int i = thread; i < p.rows * beyond; i += MATH_THREADS)
+    store_shared16(s.x + i / beyond * s.pitch + p.in_features * 2 + i % beyond * 16, make_uint4(0, 0, 0, 0));
+  named_barrier(1, MATH_THREADS);
+}
+#else  // without bulk copies the math warps do it
+DEVICE void copy_rows(const Params& p, const Layout& s, int thread) {
+  for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS)
+#pragma unroll 2
+    for (int row = 0; row < p.rows; row++)
+      store_shared16(s.x + row * s.pitch + part * 16,
+                     8 * part < p.in_features ? load_fresh16(p.x + row * p.x_stride + 8 * part) : make_uint4(0, 0, 0, 0));
+  named_barrier(1, MATH_THREADS);
+}
+#endif
+
+// ----------------------------------------------------------------------------------------------- math of one unit
+
+struct Unit { uint4 q[4]; u32 scales[SCALED], zeros[SCALED]; };  // scales of rows r and r + 8 as halves, zeros as nibbles
+
+// What a lane needs of one row. Its operand column is lane / 4: half `upper`, plane (lane / 4) % 4; idle columns repeat
+// others. Its result columns are 2 (lane % 4) and the next.
+// KEEP: a warp has KEEP units of each tile, always at the same k, and their x stays in registers. 0: it is loaded again.
+template <int KEEP> struct Planes {
+  u32 plane, table, zeros;
+  bool upper;                        // operand columns 4 to 7
+  float hi;                          // 1 in the lanes of the first plane, which carry the zero points, else 0
+  uint4 x[KEEP ? KEEP : 1][4];
+  uint2 t[KEEP ? KEEP : 1][SCALED];
+
+  // x of slice j, zero in the half of the columns that is another group's.
+  DEVICE uint4 load(int unit, int j, int lane, bool mine) const {
+    u32 block = ((lane & 3) << 4) ^ ((unit & 1) << 5) ^ ((j >> 1) << 4);
+    return load_shared16(mine ? plane + unit * UNIT_K + j * 64 + block : zeros);
+  }
+  DEVICE uint2 entry(int unit, int scaled) const { return load_shared8(table + (unit * GROUPS + 2 * scaled) * 8); }
+  DEVICE Planes(const Params& p, const Layout& s, int lane, int warp) {
+    int column = (lane >> 2) & 3;
+    upper = lane >> 4;
+    hi = lane & 1 ? 0.f : 1.f;
+    plane = s.x + (column < 3 ? column : 1) * s.pitch;
+    table = s.table + 8 * ((lane & 3) >> 1);
+    zeros = s.zeros;
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) x[k][j] = load(warp + k * WARPS, j, lane, upper == (GROUP == 128 ? j >> 1 : j & 1));
+#pragma unroll
+      for (int g = 0; g < SCALED; g++) t[k][g] = entry(warp + k * WARPS, g);
+    }
+  }
+};
+
+// o += scale * (step * sums - zero * sum of x), of rows r, r + 8 and two columns; sums are floats of MAGIC and more.
+DEVICE void add_group(float (&o)[4], const int (&sums)[4], uint2 entry, float hi, u32 scales, u32 zeros) {
+  float step = __uint_as_float(entry.x), sum = __uint_as_float(entry.y) * hi;
+  float scale0 = low_half(scales), scale1 = high_half(scales);
+  float zero0 = __uint_as_float(and_or(zeros, 0xfu, 0x4B000000u)) - 8388608.f;
+  float zero1 = fmaf(__uint_as_float(and_or(zeros, 0xf0u, 0x4B000000u)), 0.0625f, -524288.f);
+  float step0 = scale0 * step, step1 = scale1 * step, v[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) v[e] = __int_as_float(sums[e]) - MAGIC_FLOAT;
+  o[0] = fmaf(step0, v[0], fmaf(-scale0 * zero0, sum, o[0]));
+  o[1] = fmaf(step0, v[1], o[1]);
+  o[2] = fmaf(step1, v[2], fmaf(-scale1 * zero1, sum, o[2]));
+  o[3] = fmaf(step1, v[3], o[3]);
+}
+
+// o: rows r, r + 8 and two columns each, as an mma leaves them.
+// `kept` of Planes::x, where it keeps.
+template <int KEEP>
+DEVICE void multiply(const Unit& w, int unit, int kept, const Planes<KEEP>& planes, int lane, float (&o)[4]) {
+  constexpr u32 EVEN = 0x0f0f0f0fu, ODD = 0xf0f0f0f0u;
+#pragma unroll
+  for (int scaled = 0; scaled < SCALED; scaled++) {  // two groups
+    int even[4] = {0, 0, 0, 0}, sums[4] = {(int)MAGIC, (int)MAGIC, (int)MAGIC, (int)MAGIC};
+    if constexpr (GROUP == 32) {  // two k16 steps are a group: both into one mma, so that no factor parts them
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        uint4 q = w.q[scaled], x = planes.load(unit, scaled, lane, planes.upper == k);
+        u32 q0 = k ? q.z : q.x, q1 = k ? q.w : q.y;
+        u32 a[4] = {q0 & EVEN, q1 & EVEN, (q0 >> 4) & EVEN, (q1 >> 4) & EVEN};
+        mma_u8s8(even, a, k ? x.z : x.x, k ? x.w : x.y, even);
+      }
+    } else {
+      constexpr int SLICES = GROUP / 32;
+#pragma unroll
+      for (int k = 0; k < SLICES; k++) {
+        int j = scaled * SLICES + k;
+        uint4 q = w.q[j], x = KEEP ? planes.x[kept][j] : planes.load(unit, j, lane, planes.upper == (k >= SLICES / 2));
+        u32 a[4] = {q.x & EVEN, q.y & EVEN, q.z & EVEN, q.w & EVEN}, b[4] = {q.x & ODD, q.y & ODD, q.z & ODD, q.w & ODD};
+        mma_u8s8(even, a, x.x, x.z, even);
+        mma_u8s8(sums, b, x.y, x.w, sums);
+      }
+    }
+    // 128 products of at most 15 * 16 and 128 stay below 2^22.
+#pragma unroll
+    for (int e = 0; e < 4; e++) sums[e] += even[e] * 16;
+    uint2 entry = KEEP ? planes.t[kept][scaled] : planes.entry(unit, scaled);
+    add_group(o, sums, entry, planes.hi, w.scales[scaled], w.zeros[scaled]);
+  }
+}
+
+// What a lane needs of up to 8 rows: operands of two k16 steps at a time. Rows beyond the last repeat it.
+template <int KEEP> struct Halves {
+  u32 row;
+  uint4 x[KEEP ? KEEP : 1][8];
+
+  DEVICE uint4 load(int unit, int two_steps) const {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row + unit * (UNIT_K * 2) + two_steps * 64));
+    return v;
+  }
+  DEVICE Halves(const Params& p, const Layout& s, int lane, int warp) {
+    int wanted = lane & 7;
+    row = s.x + (wanted < p.rows ? wanted : p.rows - 1) * s.pitch + (lane >> 3) * 16;
+#pragma unroll
+    for (int k = 0; k < KEEP; k++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) x[k][i] = load(warp + k * WARPS, i);
+  }
+};
+
+template <int KEEP>
+DEVICE void multiply(const Unit& w, int unit, int kept, const Halves<KEEP>& halves, int lane, float (&o)[4]) {
+  constexpr int TWO_STEPS = GROUP / 32;
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++) {
+    const Zeros zeros = zeros_from(w.zeros[group]);
+    float sums[4] = {};
+#pragma unroll
+    for (int k = 0; k < TWO_STEPS; k++) {
+      int two = group * TWO_STEPS + k;
+      uint4 x = KEEP ? halves.x[kept][two] : halves.load(unit, two);
+      u32 a[4];
+      differences(a, w.q[two / 2], two % 2 * 2, zeros);
+      mma_acc(sums, a[0], a[1], a[2], a[3], x.x, x.y);
+      differences(a, w.q[two / 2], two % 2 * 2 + 1, zeros);
+      mma_acc(sums, a[0], a[1], a[2], a[3], x.z, x.w);
+    }
+    float scale0 = low_half(w.scales[group]), scale1 = high_half(w.scales[group]);
+    o[0] = fmaf(scale0, sums[0], o[0]);
+    o[1] = fmaf(scale0, sums[1], o[1]);
+    o[2] = fmaf(scale1, sums[2], o[2]);
+    o[3] = fmaf(scale1, sums[3], o[3]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ math warps
+
+// One row: a lane needs every second group, that of its result columns.
+template <class LOAD16, class LOAD4, class LOAD1>
+DEVICE void read_unit(Unit& w, LOAD16 load16, LOAD4 load4, LOAD1 load1, int lane) {
+  int r = lane >> 2, group = ONE ? (lane & 3) >> 1 : 0;
+#pragma unroll
+  for (int j = 0; j < 4; j++) w.q[j] = load16(j * 512 + lane * 16);
+#pragma unroll
+  for (int g = 0; g < SCALED; g++) {
+    w.scales[g] = load4((r * GROUPS + group + (ONE ? 2 : 1) * g) * 4);
+    w.zeros[g] = load1(32 * GROUPS + r * GROUPS + group + (ONE ? 2 : 1) * g);
+  }
+}
+
+// The sums of a tile, where the output warp finds them.
+DEVICE void hand_over(u32 slot, int warp, int lane, float (&o)[4]) {
+  u32 to = slot + (warp * 32 + lane) * (ONE ? 8 : 16);
+  if (ONE) {  // planes put together: an odd lane's first column is the last plane, its second is idle, however large
+    float hi = lane & 1 ? 1.f : 65536.f, mid = lane & 1 ? 0.f : 256.f;
+    store_shared8(to, fmaf(o[0], hi, lane & 1 ? 0.f : o[1] * mid), fmaf(o[2], hi, lane & 1 ? 0.f : o[3] * mid));
+  } else {
+    store_shared8(to, o[0], o[1]);
+    store_shared8(to + 8, o[2], o[3]);
+  }
+  o[0] = o[1] = o[2] = o[3] = 0.f;
+}
+
+DEVICE void finish_tile(const Layout& s, int tile, int warp, int lane, float (&o)[4]) {
+  int slot = tile % SLOTS;
+  await(empty_slot(s, slot), tile / SLOTS - 1, 1);
+  hand_over(s.sums + slot * SLOT, warp, lane, o);
+  signal(full_slot(s, slot));
+}
+
+#if AWQ_RING
+struct Ring { int stage; u32 parity; };
+
+DEVICE void take_unit(Unit& w, const Params& p, const Layout& s, Ring& ring, int warp, int lane) {
+  u32 codes = s.ring + ring.stage * STAGE + warp * UNIT_BYTES, record = s.ring + ring.stage * STAGE + STAGE_CODES + warp * RECORD;
+  barrier_wait(full_stage(s, ring.stage), ring.parity);
+  read_unit(w, [&](int i) { return load_shared16(codes + i); }, [&](int i) { return load_shared4(record + i); },
+            [&](int i) { return load_shared1(record + i); }, lane);
+  signal(empty_stage(s, ring.stage));
+  if (++ring.stage == p.stages) { ring.stage = 0; ring.parity ^= 1; }
+}
+#endif
+
+#if AWQ_RING
+// The units of every tile fall to the warps alike, KEEP to each: x is read from shared memory once.
+template <template <int> class X, int KEEP>
+DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int warp, int lane) {
+  if constexpr (ONE) {
+    wait_for_earlier_kernels();
+    uint4 raw[KEEP];
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) raw[k] = load_part(p, k * MATH_THREADS + thread);
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) store_part(p, s, raw[k], k * MATH_THREADS + thread);
+    named_barrier(1, MATH_THREADS);
+  } else {
+    clear_beyond(p, s, thread);
+    barrier_wait(full_chunk(s, 0), 0);
+  }
+  const X<KEEP> x(p, s, lane, warp);
+  const int count = count_tiles(p);
+  float o[4] = {};
+  Ring ring = {0, 0};
+#pragma unroll 1
+  for (int tile = 0; tile < count; tile++) {
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) {
+      Unit w;
+      take_unit(w, p, s, ring, warp, lane);
+      multiply(w, 0, k, x, lane, o);
+    }
+    finish_tile(s, tile, warp, lane, o);
+  }
+}
+#endif
+
+template <template <int> class X> DEVICE void math_warp(const Params& p, const Layout& s, int thread, int warp, int lane) {
+  const int count = count_tiles(p), chunks = chunks_of(p);
+  const X<0> x(p, s, lane, warp);
+  float o[4] = {};
+  Unit w;
+  int tile = 0, unit = warp;
+  while (unit >= p.units) { unit -= p.units; tile++; }
+#if AWQ_RING
+  Ring ring = {0, 0};
+#else
+  auto fetch = [&](Unit& to, int tile, int unit) {
+    u64 at = (u64)tile_at(tile) * p.units + unit;
+    const u8 *codes = p.codes + at * UNIT_BYTES, *record = p.affine + at * RECORD;
+    read_unit(to, [&](int i) { return load_stream16(codes + i); }, [&](int i) { return __ldg((const u32*)(record + i)); },
+              [&](int i) { return (u32)__ldg(record + i); }, lane);
+  };
+  if (tile < count) fetch(w, tile, unit);
+#endif
+  auto stage = [&] {
+    if (tile >= count) return;
+    int next_tile = tile, next = unit + WARPS;
+    while (next >= p.units) { next -= p.units; next_tile++; }
+#if AWQ_RING
+    take_unit(w, p, s, ring, warp, lane);
+    multiply(w, unit, 0, x, lane, o);
+#else
+    Unit after;
+    if (next_tile < count) fetch(after, next_tile, next);
+    multiply(w, unit, 0, x, lane, o);
+    w = after;
+#endif
+    if (next_tile != tile) finish_tile(s, tile, warp, lane, o);
+    tile = next_tile;
+    unit = next;
+  };
+  if constexpr (ONE) {
+    wait_for_earlier_kernels();
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += AT_ONCE) {
+      uint4 raw[AT_ONCE];
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) raw[b] = load_part(p, (first + b) * MATH_THREADS + thread);
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) {
+        if (first + b >= chunks) break;
+        store_part(p, s, raw[b], (first + b) * MATH_THREADS + thread);
+        named_barrier(1, MATH_THREADS);
+        stage();
+      }
+    }
+  } else {
+#if AWQ_RING
+    clear_beyond(p, s, thread);
+#pragma unroll 1
+    for (int i = 0; i < chunks; i++) {
+      barrier_wait(full_chunk(s, i), 0);
+      stage();
+    }
+#else
+    wait_for_earlier_kernels();
+    copy_rows(p, s, thread);
+#endif
+  }
+#pragma unroll 1
+  while (tile < count) stage();
+}
+
+// ------------------------------------------------------------------------------------------------------ output warp
+
+// x[:, kept] of every row, zero in the padding.
+DEVICE void gather_kept(const Params& p, const Layout& s, int lane) {
+  int width = p.kept_steps * 16;
+  for (int i = lane; i < width; i += 32) {
+    int k = __ldg(p.index + i);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      u16 v = k >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + k) : (u16)0;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(s.kept_x + (row * (width + 8) + i) * 2), "h"(v) : "memory");
+    }
+  }
+  __syncwarp();
+}
+
+// The kept channels' part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it.
+DEVICE void multiply_kept(const Params& p, const Layout& s, int tile, int lane, float (&d)[4]) {
+  const u8* from = p.kept + (u64)tile * p.kept_steps * 512 + lane * 16;
+  u32 x = s.kept_x + (((lane >> 2) % ROWS) * (p.kept_steps * 16 + 8) + 2 * (lane & 3)) * 2;
+#pragma unroll 4
+  for (int step = 0; step < p.kept_steps; step++) {
+    uint4 a = load_stream16(from + step * 512);
+    mma_acc(d, as_activations(a.x), as_activations(a.y), as_activations(a.z), as_activations(a.w),
+            load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
+  }
+}
+
+DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
+  const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
+#if __CUDA_ARCH__ >= 900
+  if (p.kept_steps)
+    for (int i = lane; i < count; i += 32) prefetch_bulk(p.kept + (u64)tile_at(i) * p.kept_steps * 512, p.kept_steps * 512);
+#endif
+  wait_for_earlier_kernels();
+#if AWQ_RING
+  if (!ONE) copy_rows(p, s, lane);
+#endif
+  if (p.kept_steps) gather_kept(p, s, lane);
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    int slot = i % SLOTS, first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
+    float bias0 = p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f;
+    float bias1 = p.bias && n + 8 < p.out_features ? widen(__ldg(p.bias + n + 8)) : 0.f;
+    float d[4] = {bias0, bias0, bias1, bias1}, sums[4] = {};
+    if (p.kept_steps) multiply_kept(p, s, tile_at(i), lane, d);
+    await(full_slot(s, slot), i / SLOTS, several);
+    u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
+    auto add = [&](int from_warp) {
+      u32 from = at + from_warp * (ONE ? 256 : 512);
+      uint2 v = load_shared8(from), w = ONE ? make_uint2(0, 0) : load_shared8(from + 8);
+      sums[0] += __uint_as_float(v.x);
+      sums[1] += __uint_as_float(v.y);
+      sums[2] += __uint_as_float(w.x);
+      sums[3] += __uint_as_float(w.y);
+    };
+    if (several == WARPS) {
+#pragma unroll
+      for (int k = 0; k < WARPS; k++) add(k);
+    } else {
+      for (int k = 0; k < several; k++) add((first + k) % WARPS);
+    }
+    signal(empty_slot(s, slot));
+    if (ONE) {  // planes and groups lie in neighbouring lanes
+#pragma unroll
+      for (int o = 1; o < 4; o <<= 1) {
+        sums[0] += __shfl_xor_sync(~0u, sums[0], o);
+        sums[1] += __shfl_xor_sync(~0u, sums[1], o);
+      }
+      if (c == 0 && n < p.out_features) p.y[n] = narrow(sums[0] + d[0]);
+      if (c == 0 && n + 8 < p.out_features) p.y[n + 8] = narrow(sums[1] + d[2]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        int row = 2 * c + (e & 1), at = n + 8 * (e >> 1);
+        if (row < p.rows && at < p.out_features) p.y[(u64)row * p.out_features + at] = narrow(sums[e] + d[e]);
+      }
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------- copy warp
+
+#if AWQ_RING
+// Fills the ring, a stage a call. No more than in_flight half stages are under way: a deeper queue in the memory system
+// delays every small access of the grid (7 to 11 % of a decode step at 1.5 stages against none), while arrived stages may
+// wait.
+struct Copier {
+  int left, stage, turn, tile, unit;
+  u64 policy;
+
+  DEVICE Copier(const Params& p) : left(count_tiles(p) * p.units), stage(0), turn(0), tile(0), unit(0), policy(policy_evict_first()) {}
+
+  DEVICE void await_arrival(const Params& p, const Layout& s, int back) const {  // of the stage `back` before this one
+    int at = stage - back, of = turn;
+    if (at < 0) { at += p.stages; of--; }
+    if (of >= 0) barrier_wait(full_stage(s, at), of & 1);
+  }
+  DEVICE void fill(const Params& p, const Layout& s) {
+    int count = left < WARPS ? left : WARPS, half = p.in_flight & 1 ? count / 2 : count;
+    u32 full = full_stage(s, stage), to = s.ring + stage * STAGE;
+    if (turn) barrier_wait(empty_stage(s, stage), (turn - 1) & 1);
+    if (p.in_flight) await_arrival(p, s, (p.in_flight + 1) / 2);
+    barrier_expect(full, count * (UNIT_BYTES + RECORD));
+    for (int done = 0; done < count;) {  // runs of units that lie together
+      if (half < count && done == half) { await_arrival(p, s, p.in_flight / 2); half = count; }
+      int run = p.units - unit < half - done ? p.units - unit : half - done;
+      u64 at = (u64)tile_at(tile) * p.units + unit;
+      copy_bulk(to + done * UNIT_BYTES, p.codes + at * UNIT_BYTES, run * UNIT_BYTES, full, policy);
+      copy_bulk(to + STAGE_CODES + done * RECORD, p.affine + at * RECORD, run * RECORD, full, policy);
+      done += run;
+      unit += run;
+      if (unit == p.units) { unit = 0; tile++; }
+    }
+    left -= count;
+    if (++stage == p.stages) { stage = 0; turn++; }
+  }
+};
+#endif
+
+// By one thread: the fence after it costs a block of 32 lanes that execute it 1.2 us.
+DEVICE void set_up_signals(const Params& p, const Layout& s) {
+  for (int i = 0; i < p.stages; i++) signal_init(empty_stage(s, i), WARPS);
+  for (int i = 0; i < SLOTS; i++) {
+    signal_init(full_slot(s, i), contributors(p));
+    signal_init(empty_slot(s, i), 1);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) u8 dynamic[];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const Layout s = layout_of(p, shared_address(dynamic));
+#if AWQ_RING
+  if (warp == WARPS + 1) {
+    Copier copier(p);
+    if (lane == 0) {
+      for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1);
+      if (!ONE)
+        for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1);
+      fence_for_copies();
+      copier.fill(p, s);  // before anything else
+      set_up_signals(p, s);
+    }
+    __syncthreads();
+    if (lane == 0) {
+      for (; copier.left > 0; copier.fill(p, s))
+        if (copier.left <= p.ahead * WARPS) let_next_kernel_start();
+      let_next_kernel_start();
+    }
+    return;
+  }
+#else
+  if (thread == 0) set_up_signals(p, s);
+#endif
+  __syncthreads();
+  if (warp == WARPS) {
+    output_warp(p, s, lane);
+    return;
+  }
+  if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
+#if AWQ_RING
+  if constexpr (GROUP == 128 || (ONE && GROUP == 64)) {  // registers suffice
+    if (p.units == WARPS) {
+      if constexpr (ONE) math_warp_keeping<Planes, 1>(p, s, thread, warp, lane);
+      else math_warp_keeping<Halves, 1>(p, s, thread, warp, lane);
+      return;
+    }
+    if constexpr (ONE)
+      if (p.units == 2 * WARPS) {
+        math_warp_keeping<Planes, 2>(p, s, thread, warp, lane);
+        return;
+      }
+  }
+#endif
+  if constexpr (ONE) math_warp<Planes>(p, s, thread, warp, lane);
+  else math_warp<Halves>(p, s, thread, warp, lane);
+}
