@@ -29,14 +29,16 @@ class KernelPath:
 # The one table of what needs what.
 PATHS: tuple[KernelPath, ...] = (
     KernelPath((6, 0), None, None, bfloat16=False),
-    KernelPath((7, 5), "int8 mma.sync m8n8k16", "mma.sync m16n8k8", bfloat16=False),
-    KernelPath((8, 0), "int8 mma.sync m16n8k32", "mma.sync m16n8k16 and cp.async", bfloat16=True),
+    KernelPath((7, 5), "int8 mma.sync m8n8k16", "mma.sync m16n8k8, for many rows cuBLAS", bfloat16=False),
+    KernelPath((8, 0), "int8 mma.sync m16n8k32", "mma.sync m16n8k16 and cp.async, for many rows cuBLAS", bfloat16=True),
     KernelPath(
         (9, 0), "int8 mma.sync and bulk copies", "mma.sync, for many rows wgmma, and bulk copies", bfloat16=True
     ),
-    KernelPath((10, 0), "int8 mma.sync and bulk copies", "mma.sync and bulk copies", bfloat16=True),
+    KernelPath(
+        (10, 0), "int8 mma.sync and bulk copies", "mma.sync and bulk copies, for many rows cuBLAS", bfloat16=True
+    ),
     # the shared memory of an RTX card's block is too small for the GEMV's ring of copies
-    KernelPath((11, 0), "int8 mma.sync m16n8k32", "mma.sync and bulk copies", bfloat16=True),
+    KernelPath((11, 0), "int8 mma.sync m16n8k32", "mma.sync and bulk copies, for many rows cuBLAS", bfloat16=True),
 )
 # Below MIN_CAPABILITY nothing runs; own kernels start at OWN_KERNELS.
 MIN_CAPABILITY: Capability = PATHS[0].first

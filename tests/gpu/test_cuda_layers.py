@@ -115,9 +115,9 @@ def test_cuda_graphs(rows: int, version: str) -> None:
 @pytest.mark.parametrize("dtype", dtypes())
 def test_compiled_into_one_graph(dtype: torch.dtype) -> None:
     linear = layer(dtype=dtype).to(dtype)
-    torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
+        torch._dynamo.reset()
         compiled = torch.compile(lambda x: torch.relu(linear(x * 2)) + 1, fullgraph=True, dynamic=True)
         for rows in (2, 20, 33):
             x = torch.randn(2, rows, 1504, device=GPU).to(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.kernels.cuda import designs, gemm
-from awq.kernels.cuda.designs import Design, Plan, Shape
+from awq.kernels.cuda import dense, gemm, schedule
+from awq.kernels.cuda.designs import Design, designs
 from awq.kernels.cuda.layout import Units, to_units, units_to_dense
+from awq.kernels.cuda.schedule import Plan, Shape
 from awq.packing import pack
 from tests.kernels.plain import random_outliers, random_packed
 
@@ -30,7 +32,9 @@ def exact_float32() -> None:
 
 
 @pytest.fixture(autouse=True)
-def fresh_launches() -> None:
+def fresh_launches() -> Iterator[None]:
+    gemm._launch.cache_clear()
+    yield
     gemm._launch.cache_clear()
 
 
@@ -47,7 +51,7 @@ def activations(rows: int, k: int, dtype: torch.dtype = HALF, padding: int = 0) 
     return x
 
 
-def dense(units: Units, x: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(units: Units, x: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.float() @ units_to_dense(units).t()
     if units.kept is not None and units.index is not None:
         kept = units.kept.view(*units.kept.shape[:2], 8, 4, 2, 2, 2)  # tile, step, r, c, half k, half row, bit
@@ -60,7 +64,7 @@ def dense(units: Units, x: Tensor, bias: Tensor | None = None) -> Tensor:
 def run(x: Tensor, units: Units, bias: Tensor | None = None) -> Tensor:
     """With room behind the result, poisoned like it, that no kernel may write."""
     poisoned = torch.full((len(x) + 3, units.out_features), float("nan"), dtype=x.dtype, device="cuda")
-    gemm(x, units, bias, poisoned[: len(x)])
+    gemm.gemm(x, units, bias, poisoned[: len(x)])
     torch.cuda.synchronize()
     assert poisoned[len(x) :].isnan().all()
     return poisoned[: len(x)]
@@ -75,7 +79,7 @@ def check(rows: int, units: Units, dtype: torch.dtype = HALF, padding: int = 0, 
     x = activations(rows, units.in_features, dtype, padding)
     b = torch.randn(units.out_features, device="cuda").to(dtype) if bias else None
     y = run(x, units, b)
-    assert error(y, dense(units, x, b)) < TOLERANCE[dtype], plan_of(rows, units, dtype)
+    assert error(y, product(units, x, b)) < TOLERANCE[dtype], plan_of(rows, units, dtype)
     assert torch.equal(y, run(x, units, b)), "other bits the second time"
 
 
@@ -86,14 +90,14 @@ def plan_of(rows: int, units: Units, dtype: torch.dtype = HALF) -> Plan:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, design: Design) -> None:
-    monkeypatch.setattr(gemm, "_choose", lambda *_: (design, "asked for"))
+    monkeypatch.setattr(schedule, "_choose", lambda *_: (design, "asked for"))
     gemm._launch.cache_clear()
 
 
 def own_designs() -> list[Design]:
     if not torch.cuda.is_available():
         return []
-    return list(designs.designs(jit.arch_of(torch.cuda.get_device_capability())))
+    return list(designs(jit.arch_of(torch.cuda.get_device_capability())))
 
 
 def all_designs() -> list[Design]:
@@ -101,7 +105,8 @@ def all_designs() -> list[Design]:
     found = own_designs()
     if not found or torch.cuda.get_device_capability() < (9, 0):
         return found
-    older = [(arch, design) for arch in ("sm_75", "sm_80", "sm_86", "sm_120a") for design in designs.designs(arch)]
+    archs = ("sm_75", "sm_80", "sm_86", "sm_100a", "sm_120a")
+    older = [(arch, design) for arch in archs for design in designs(arch)]
     return found + [replace(design, name=f"{design.name} {arch}") for arch, design in older]
 
 
@@ -138,6 +143,21 @@ def test_every_design(monkeypatch: pytest.MonkeyPatch, design: Design, group: in
             check(rows, units, dtype, bias=kept > 0)
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_many_rows_as_where_there_is_no_wgmma(monkeypatch: pytest.MonkeyPatch, group: int, dtype: torch.dtype) -> None:
+    """Dequantized, then multiplied by torch: the dense weight bit for bit, and what comes of it."""
+    monkeypatch.setattr(gemm, "dequantizes", lambda rows, arch: True)
+    for n, k, kept in ((8, 32, 0), (24, 352, 5), (1032, 1536, 16), (392, 4096, 300)):
+        units = weight(n, k, group, kept)
+        eye = torch.eye(k, device="cuda").to(dtype)
+        wanted = product(units, eye).t()
+        assert torch.equal(dense.dequantize(units, dtype), wanted.to(dtype))
+        for rows in (1, 77, 512):
+            check(rows, units, dtype, padding=8, bias=True)
+    check(300, weight(24, 100, -1), dtype)
+
+
 def test_in_features_that_are_no_multiple_of_eight() -> None:
     for rows in (1, 16, 40, 200, 500):
         check(rows, weight(24, 100, -1))
@@ -167,7 +187,7 @@ def test_huge_channels_do_not_drown_the_others(rows: int) -> None:
     x = activations(rows, 4096)
     x[:, 5] *= 1000
     y = run(x, units)
-    wanted = dense(units, x)
+    wanted = product(units, x)
     errors = (y.float() - wanted).norm(dim=1) / wanted.norm(dim=1)
     cublas = (x @ units_to_dense(units).half().t()).float()
     allowed = 2 * ((cublas - wanted).norm(dim=1) / wanted.norm(dim=1)).clamp(min=2e-4)
@@ -185,7 +205,7 @@ def test_two_streams_at_once(rows: int) -> None:
     for i in range(20):
         for which, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                gemm(x[which], units, None, y[which][i])
+                gemm.gemm(x[which], units, None, y[which][i])
     torch.cuda.synchronize()
     for which in range(2):
         assert all(torch.equal(out, wanted[which]) for out in y[which])
@@ -199,7 +219,7 @@ def test_dependent_launches_in_a_graph(rows: int, kept: int) -> None:
 
     def chain(first: Tensor, outs: list[Tensor]) -> None:
         for before, after in zip([first, *outs], outs, strict=False):
-            gemm(before, units, None, after)
+            gemm.gemm(before, units, None, after)
 
     x = activations(rows, 2048) * 0.01
     outs = [torch.empty(rows, 2048, dtype=HALF, device="cuda") for _ in range(6)]
@@ -226,7 +246,7 @@ def test_two_graphs_at_once() -> None:
     for graph, out in zip(graphs, outs, strict=True):
         with torch.cuda.graph(graph):
             for _ in range(10):
-                gemm(x, units, None, out)
+                gemm.gemm(x, units, None, out)
     streams = [torch.cuda.Stream() for _ in range(2)]
     for _ in range(20):
         for graph, stream in zip(graphs, streams, strict=True):

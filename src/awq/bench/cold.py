@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -190,7 +190,7 @@ def _copies(first: T, clone: Callable[[T], T], count: int) -> list[T]:
 
 def _clone_units(units: Units) -> Units:
     kept = None if units.kept is None else units.kept.clone()
-    return replace(units, codes=units.codes.clone(), affine=units.affine.clone(), kept=kept)
+    return units._replace(codes=units.codes.clone(), affine=units.affine.clone(), kept=kept)
 
 
 def _multiply_dense(x: Tensor, weight: Tensor, y: Tensor) -> None:

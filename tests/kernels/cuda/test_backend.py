@@ -79,6 +79,7 @@ def test_the_table_says_what_the_launchers_do(of: tuple[int, int]) -> None:
     copies = ("m16n8k8", "cp.async", "bulk copies")[designs.copy_policy(arch)]
     assert copies in str(path.gemm)
     assert ("wgmma" in str(path.gemm)) is any(not design.mma for design in designs.designs(arch))
+    assert ("cuBLAS" in str(path.gemm)) is designs.dequantizes(10_000, arch)
     assert path.bfloat16 is any(defines.get("AWQ_BF16") for *_, defines in designs.variants(arch))
 
 

@@ -14,7 +14,7 @@ from awq.capability import OWN_KERNELS, path_of, show
 from awq.errors import AwqError
 from awq.hardware import Device, describe, driver_version
 from awq.kernels.base import EVERY_ROW, GEMV_ROWS, LinearSpec, Weights
-from awq.kernels.cuda import crossover, designs, gemm, gemv
+from awq.kernels.cuda import crossover, designs, gemm, gemv, schedule
 from awq.kernels.cuda.layout import SOURCES, STEP, effective_group, to_units
 from awq.kernels.cuda.op import fitting_rows, linear
 from awq.packing import Outliers, PackedInt4
@@ -159,6 +159,6 @@ _driver = lru_cache(driver_version)
 @lru_cache
 def _sources() -> str:
     """Changes with every change to the kernels or to how they are launched."""
-    launchers = (Path(str(module.__file__)) for module in (gemv, gemm, designs))
+    launchers = (Path(str(module.__file__)) for module in (gemv, gemm, designs, schedule))
     texts = [file.read_bytes() for file in (*sorted(SOURCES.iterdir()), *launchers) if file.is_file()]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The designs of the GEMM kernels, which of them runs, and how its tiles are shared out.
+"""The designs of the GEMM kernels, and which architecture has which.
 
 src/gemm_mma.cu serves few rows, and all rows where there is no wgmma; src/gemm_wgmma.cu the rest on sm_90a.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from awq.kernels.cuda.layout import GROUPS, SOURCES, TILE_ROWS, UNIT_K
 
@@ -140,57 +139,10 @@ WGMMA = (_A, _B, _C, _D, _E, _F, _G, _H)
 # shorter and, at 64 tokens, stages too. sm_75 has two stages without a ring.
 _MMA = {
     227 * 1024: (_P, _Q, _R, _S),
-    163 * 1024: (_P, _R, replace(_S, stages=2)),
+    163 * 1024: (_P, _R, replace(_S, slices=2, stages=4)),
     99 * 1024: (replace(_P, stages=3), replace(_R, stages=2), replace(_S, slices=2, stages=2)),
     64 * 1024: (replace(_P, stages=2), replace(_R, slices=2, stages=2)),
 }
-
-
-class Shape(NamedTuple):
-    """What a plan depends on, beside the rows and the GPU."""
-
-    in_features: int
-    out_features: int
-    group: int
-    kept_steps: int
-    bf16: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A design and how its tiles are shared out.
-
-    token_tiles, row_blocks: tiles are their product
-    workers:   blocks, or clusters of blocks, that run; steps: of the k walk of a tile
-    whole:     whole tiles of each worker; share: steps of the remaining tiles of each, one more for the first `longer`
-    kept_room: k16 steps of kept channels at a time in shared memory
-    reason:    why this design, in a clause
-    """
-
-    design: Design
-    reason: str
-    token_tiles: int
-    row_blocks: int
-    workers: int
-    steps: int
-    whole: int
-    share: int
-    longer: int
-    kept_room: int
-    shared: int
-
-    @property
-    def tiles(self) -> int:
-        return self.token_tiles * self.row_blocks
-
-    @property
-    def splits(self) -> bool:
-        """Whether workers hand over parts of tiles, which takes a workspace."""
-        return self.share > 0 or self.longer > 0
-
-    @property
-    def blocks(self) -> int:
-        return self.workers * self.design.cluster
 
 
 def shared_limit(arch: str) -> int:
@@ -211,70 +163,29 @@ def copy_policy(arch: str) -> int:
 
 @lru_cache
 def designs(arch: str) -> tuple[Design, ...]:
-    """Every design that may run on `arch`."""
+    """Every design that may run on `arch`: with wgmma, mma.sync serves up to 16 rows only."""
     mma = tuple(replace(design, copy=copy_policy(arch)) for design in _MMA[shared_limit(arch)])
-    return mma + WGMMA if arch == "sm_90a" else mma
+    return tuple(design for design in mma if design.tokens == 16) + WGMMA if arch == "sm_90a" else mma
+
+
+def dequantizes(rows: int, arch: str) -> bool:
+    """Whether so many rows go to torch with a dequantized weight: where each weight would be converted 8 times or more.
+
+    By arithmetic, not measured: writing and reading a dequantized weight costs an A100, as most GPUs, as much as some
+    200 rows of the product, and mma.sync that converts on its way reaches two thirds of what it does without.
+    """
+    return arch != "sm_90a" and rows >= 8 * max(design.tokens for design in designs(arch))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """Every (source, kernel, arch, defines) that can be asked for on `arch`."""
-    if arch == "sm_90a":
+    wgmma = arch == "sm_90a"
+    if wgmma:
         yield SOURCES / "gather.cu", "gather", arch, {}
     for group in GROUPS:
         for bf16 in (False, True) if arch != "sm_75" else (False,):
+            if not wgmma:
+                yield SOURCES / "dequantize.cu", "dequantize", arch, {"GROUP": group, "AWQ_BF16": int(bf16)}
             for design in designs(arch):
                 defines = design.fitted(group, shared_limit(arch)).defines(group, bf16)
                 yield SOURCES / f"{design.kernel}.cu", design.kernel, arch, defines
-
-
-def plan(rows: int, shape: Shape, arch: str, sms: int) -> Plan:
-    """How y [rows, out_features] is computed on `arch` with `sms` multiprocessors."""
-    design, reason = _choose(rows, shape, arch)
-    limit = shared_limit(arch)
-    return share_out(design.fitted(shape.group, limit), reason, rows, shape, limit, sms // design.cluster)
-
-
-def _choose(rows: int, shape: Shape, arch: str) -> tuple[Design, str]:
-    """A design by rows; by the weight's size where the same design is not the best for all."""
-    found = {design.name[0]: design for design in designs(arch)}
-    n, size = shape.out_features, shape.out_features * shape.in_features
-    if rows <= 16:
-        if "Q" in found and size >= 2**27:
-            return found["Q"], "up to 16 rows of a weight so large that wide tiles pay"
-        return found["P"], "up to 16 rows"
-    if "A" not in found:
-        fits = [design for design in found.values() if design.tokens >= min(rows, 64)] or list(found.values())
-        return min(fits, key=lambda d: (-(-rows // d.tokens), d.tokens)), "mma.sync for all rows: no wgmma here"
-    if rows <= 32:
-        return (_B, "up to 32 rows of a large weight") if size >= 2**27 else (_A, "up to 32 rows")
-    if rows <= 64 or (rows <= 128 and size <= 2**24):
-        if size >= 2**26 + 2**24:
-            return _E, "up to 64 rows of a large weight"
-        return (_C, "up to 64 rows") if n > 4096 and rows <= 64 else (_D, "up to 64 rows of few outputs")
-    large_tiles = -(-n // 128) * -(-rows // 256)
-    if rows <= 128 or (rows <= 512 and large_tiles < 70 and shape.in_features < 16384):
-        return _F, "too few tiles of 256 rows"
-    return (_H, "many rows, enough tiles for pairs") if n > 4096 or rows > 2048 else (_G, "many rows, few outputs")
-
-
-def share_out(design: Design, reason: str, rows: int, shape: Shape, limit: int, most_workers: int) -> Plan:
-    """Whole tiles where they nearly fill their waves; else stream-K over the last one to two waves.
-
-    Stream-K costs 9-15 % where tiles fill the waves, whole tiles up to 1.9 x where they do not. Up to 64 rows, where
-    the weight's bytes decide, most of the multiprocessors read as fast as all: 0.7 of one wave is enough.
-    """
-    token_tiles, row_blocks = -(-rows // design.tokens), -(-shape.out_features // (design.block_rows * design.cluster))
-    tiles, steps = token_tiles * row_blocks, -(-shape.in_features // design.step_k)
-    waves, rest = divmod(tiles, most_workers)
-    full = 0.7 if waves == 0 and design.tokens <= 64 else 0.93
-    room = design.kept_room(shape.kept_steps, shape.group, limit)
-    shared = design.shared(shape.group) + design.kept_bytes(room)
-    if rest == 0 or steps == 1 or tiles > full * most_workers * (waves + 1):
-        whole, workers, split = waves + (rest > 0), min(tiles, most_workers), 0
-    else:
-        whole = max(0, waves - 1)
-        split = (tiles - whole * most_workers) * steps
-        # A part of less than two steps costs more to hand over than to compute.
-        workers = most_workers if whole else min(most_workers, max(tiles, split // 2))
-    share, longer = divmod(split, workers)
-    return Plan(design, reason, token_tiles, row_blocks, workers, steps, whole, share, longer, room, shared)

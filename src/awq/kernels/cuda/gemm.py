@@ -1,4 +1,7 @@
-"""The GEMM kernels: any number of rows. `designs` says which kernel runs and how its tiles are shared out."""
+"""The GEMM kernels: any number of rows. `schedule` says which design runs and how its tiles are shared out.
+
+Everything in `gemm` runs on every call of every linear: what a weight, a shape or a tensor's address settles is cached.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,39 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.kernels.cuda.designs import Plan, Shape, copy_policy, plan, share_out, shared_limit
+from awq.kernels.cuda import dense
+from awq.kernels.cuda.designs import copy_policy, dequantizes, shared_limit
 from awq.kernels.cuda.layout import SOURCES, STEP, TILE_ROWS, UNIT_BYTES, UNIT_K, Units
+from awq.kernels.cuda.schedule import Plan, Shape, plan, share_out
 from awq.kernels.cuda.workspace import workspace
 
-# struct Params of gemm_common.cuh: five tensor maps of 128 bytes; then pointers to codes, affine, x, y, bias, kept,
-# index, partial sums, flags; rows, in_features, out_features, x_stride; then what a plan fixes.
-_X, _CODES, _AFFINE, _OUT, _GATHERED = range(0, 640, 128)
-_CHANGING, _CHANGING_AT = struct.Struct("<9Q4i"), 640
-_FIXED, _FIXED_AT = struct.Struct("<9i"), _CHANGING_AT + _CHANGING.size
+# struct Params of gemm_common.cuh: five tensor maps of 128 bytes; then pointers to codes, affine, kept, index: what
+# belongs to the weight. x, y, bias, partial sums, flags, x_stride. rows, in_features, out_features and the plan.
+_X, _OUT, _GATHERED, _WEIGHT = range(0, 512, 128)
+_MAPS_BYTES, _MAP = 256, 128
+_POINTERS = struct.Struct("<4Q")
+_CHANGING, _CHANGING_AT = struct.Struct("<5Qi"), _WEIGHT + _MAPS_BYTES + _POINTERS.size
+_FIXED, _FIXED_AT = struct.Struct("<12i"), _CHANGING_AT + _CHANGING.size
 _PARAMS_BYTES = 768
 _GATHER = struct.Struct("<3Q3i4x")
 _GATHER_THREADS, _GATHER_EACH = 256, 4
+_BFLOAT16 = torch.bfloat16
 
 
 class _Launch(NamedTuple):
-    plan: Plan
-    launcher: Any
-    gather: Any
+    """What all calls of some rows share. The launcher is None where the weight is dequantized instead.
+
+    box:    rows of x in a tensor copy, 0 where there are no such copies; weight_box: slices of k, tiles
+    stores: rows of y in a tensor store, 0 for none; split: bytes of partial sums
+    """
+
+    launcher: Any = None
+    gather: Any = None
+    box: int = 0
+    weight_box: tuple[int, int] = (0, 0)
+    stores: int = 0
+    split: int = 0
+    plan: Plan | None = None
 
 
 def gemm(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
@@ -36,66 +54,52 @@ def gemm(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
     x: [rows, in_features] float16 or bfloat16, 16-byte aligned, rows a multiple of 8 elements apart
     bias: [out_features] of x's dtype; out: [rows, out_features] of x's dtype, contiguous
     """
-    kept, bf16, device = units.kept, x.dtype is torch.bfloat16, x.get_device()
-    steps = 0 if kept is None else kept.shape[1]
-    shape = Shape(units.in_features, units.out_features, units.group, steps, bf16)
-    rows, stride = x.shape[0], x.stride(0)
-    chosen, launcher, gather = _launch(device, shape, rows, jit.programmatic())
+    codes, affine, kept, index, in_features, out_features, group = units
+    device, bf16, rows, stride = x.get_device(), x.dtype is _BFLOAT16, x.shape[0], x.stride()[0]
+    shape = (in_features, out_features, group, 0 if kept is None else kept.shape[1], bf16)
+    launcher, gather, box, weight_box, stores, split, _ = _launch(device, shape, rows, jit.programmatic())
+    if launcher is None:
+        return dense.multiply(x, units, bias, out)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    partial, flags = workspace(device, stream, chosen) if chosen.splits else (0, 0)
-    design = chosen.design
-    gathered = _gather(gather, x, units, stream) if gather is not None else None
-    x_at, codes_at, affine_at, out_at = x.data_ptr(), units.codes.data_ptr(), units.affine.data_ptr(), out.data_ptr()
+    gathered = None if gather is None else _gather(gather, x, index, stream)
+    partial, flags = workspace(device, stream, split) if split else (0, 0)
+    x_at, out_at, bias_at = x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
+    kept_at, index_at = (0, 0) if kept is None or index is None else (kept.data_ptr(), index.data_ptr())
     with launcher.lock:
         params = launcher.params
-        if design.copy == 2:
-            params[_X:_CODES] = _rows_map(x_at, bf16, rows, shape.in_features, stride, design.tokens // design.cluster)
-            params[_CODES:_OUT] = _weight_maps(codes_at, affine_at, shape, design.slices, design.block_rows)
-            if design.tensor_store:
-                params[_OUT:_GATHERED] = _rows_map(
-                    out_at, bf16, rows, shape.out_features, shape.out_features, design.tokens
-                )
-            if gathered is not None:
-                columns = gathered.shape[1]
-                params[_GATHERED:_CHANGING_AT] = _rows_map(
-                    gathered.data_ptr(), bf16, rows, columns, columns, design.tokens // design.cluster
-                )
-        _CHANGING.pack_into(
-            params,
-            _CHANGING_AT,
-            codes_at,
-            affine_at,
-            x_at,
-            out_at,
-            0 if bias is None else bias.data_ptr(),
-            0 if kept is None else kept.data_ptr(),
-            0 if units.index is None else units.index.data_ptr(),
-            partial,
-            flags,
-            rows,
-            shape.in_features,
-            shape.out_features,
-            stride,
+        params[_WEIGHT:_CHANGING_AT] = _weight(
+            (codes.data_ptr(), affine.data_ptr(), kept_at, index_at), shape, weight_box
         )
+        if box:
+            params[_X:_OUT] = _rows_map(x_at, bf16, rows, in_features, stride, box)
+        if stores:
+            params[_OUT:_GATHERED] = _rows_map(out_at, bf16, rows, out_features, out_features, stores)
+        if gathered is not None:
+            columns = gathered.shape[1]
+            params[_GATHERED:_WEIGHT] = _rows_map(gathered.data_ptr(), bf16, rows, columns, columns, box)
+        _CHANGING.pack_into(params, _CHANGING_AT, x_at, out_at, bias_at, partial, flags, stride)
         launcher(stream)
+    return None
 
 
-def _gather(launcher: Any, x: Tensor, units: Units, stream: int) -> Tensor:
+def _gather(launcher: Any, x: Tensor, index: Tensor | None, stream: int) -> Tensor:
     """x at the kept channels, [rows, 16 * steps], as a tensor of its own."""
-    assert units.index is not None
-    rows, columns = x.shape[0], units.index.shape[0]
-    gathered = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    assert index is not None
+    rows, columns = x.shape[0], index.shape[0]
+    gathered = x.new_empty((rows, columns))
     with launcher.lock:
-        pointers = (x.data_ptr(), units.index.data_ptr(), gathered.data_ptr())
-        _GATHER.pack_into(launcher.params, 0, *pointers, rows, columns, x.stride(0))
+        pointers = (x.data_ptr(), index.data_ptr(), gathered.data_ptr())
+        _GATHER.pack_into(launcher.params, 0, *pointers, rows, columns, x.stride()[0])
         launcher(stream)
     return gathered
 
 
 @lru_cache(4096)
-def _launch(device: int, shape: Shape, rows: int, programmatic: bool) -> _Launch:
-    """The launch of `rows` rows, with every parameter that does not change already in place."""
-    arch, sms = _gpu(device)
+def _launch(device: int, sizes: tuple[int, int, int, int, bool], rows: int, programmatic: bool) -> _Launch:
+    """The launch of `rows` rows of a weight of a `Shape`, with every parameter that does not change in place."""
+    shape, (arch, sms) = Shape(*sizes), _gpu(device)
+    if dequantizes(rows, arch):
+        return _Launch()
     pdl = programmatic and copy_policy(arch) == 2
     chosen = plan(rows, shape, arch, sms)
     design = chosen.design
@@ -106,27 +110,25 @@ def _launch(device: int, shape: Shape, rows: int, programmatic: bool) -> _Launch
         if workers < sms // design.cluster:
             chosen = share_out(design, chosen.reason, rows, shape, shared_limit(arch), max(1, workers))
     launcher = kernel.launcher(chosen.blocks, design.threads, chosen.shared, _PARAMS_BYTES, pdl)
-    _FIXED.pack_into(
-        launcher.params,
-        _FIXED_AT,
-        chosen.token_tiles,
-        chosen.row_blocks,
-        chosen.workers,
-        chosen.steps,
-        chosen.whole,
-        chosen.share,
-        chosen.longer,
-        shape.kept_steps,
-        chosen.kept_room,
-    )
+    fixed = (chosen.token_tiles, chosen.row_blocks, chosen.workers, chosen.steps, chosen.whole, chosen.share)
+    kept = (shape.kept_steps, chosen.kept_room)
+    whole = (rows, shape.in_features, shape.out_features)
+    _FIXED.pack_into(launcher.params, _FIXED_AT, *whole, *fixed, chosen.longer, *kept)
     gather = None
     if shape.kept_steps and not design.mma:
-        elements = rows * shape.kept_steps * STEP
-        blocks = min(8 * sms, -(-elements // (_GATHER_THREADS * _GATHER_EACH)))
-        gather = jit.kernel(SOURCES / "gather.cu", "gather", arch).launcher(
-            blocks, _GATHER_THREADS, 0, _GATHER.size, pdl
-        )
-    return _Launch(chosen, launcher, gather)
+        blocks = min(8 * sms, -(-rows * shape.kept_steps * STEP // (_GATHER_THREADS * _GATHER_EACH)))
+        kernel = jit.kernel(SOURCES / "gather.cu", "gather", arch)
+        gather = kernel.launcher(blocks, _GATHER_THREADS, 0, _GATHER.size, pdl)
+    copies = design.copy == 2
+    return _Launch(
+        launcher,
+        gather,
+        box=design.tokens // design.cluster if copies else 0,
+        weight_box=(design.slices, design.block_rows // TILE_ROWS) if copies else (0, 0),
+        stores=design.tokens if design.tensor_store else 0,
+        split=chosen.split_bytes,
+        plan=chosen,
+    )
 
 
 @lru_cache(4096)
@@ -137,14 +139,19 @@ def _rows_map(pointer: int, bf16: bool, rows: int, columns: int, stride: int, to
 
 
 @lru_cache(4096)
-def _weight_maps(codes: int, affine: int, shape: Shape, slices: int, block_rows: int) -> bytes:
-    """Codes and affine of a block's tiles, in 8-byte elements: a box has at most 256."""
-    tiles, units = -(-shape.out_features // TILE_ROWS), -(-shape.in_features // UNIT_K)
-    record, box = 40 * UNIT_K // shape.group, block_rows // TILE_ROWS
-    stride = units * UNIT_BYTES
-    boxes = jit.tensor_map(codes, "uint64", (stride // 8, tiles), (stride,), (64 * slices, box), 0, 256)
-    records = (units * record // 8, tiles), (units * record,), (record // 8, box)
-    return boxes + jit.tensor_map(affine, "uint64", *records, 0, 128)
+def _weight(at: tuple[int, int, int, int], sizes: tuple[int, int, int, int, bool], box: tuple[int, int]) -> bytes:
+    """What Params has of a weight: tensor maps of codes and affine, in 8-byte elements (a box has at most 256), and
+    the pointers to all that there is."""
+    slices, box_tiles = box
+    maps = bytes(_MAPS_BYTES)
+    if slices:
+        shape = Shape(*sizes)
+        tiles, units = -(-shape.out_features // TILE_ROWS), -(-shape.in_features // UNIT_K)
+        record, stride = 40 * UNIT_K // shape.group, units * UNIT_BYTES
+        maps = jit.tensor_map(at[0], "uint64", (stride // 8, tiles), (stride,), (64 * slices, box_tiles), 0, 256)
+        records = (units * record // 8, tiles), (units * record,), (record // 8, box_tiles)
+        maps += jit.tensor_map(at[1], "uint64", *records, 0, 128)
+    return maps + _POINTERS.pack(*at)
 
 
 @lru_cache

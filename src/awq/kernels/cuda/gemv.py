@@ -18,17 +18,16 @@ MAX_ROWS = 8
 SOURCE = SOURCES / "gemv.cu"
 
 # struct Params of gemv.cu: 7 pointers, x_stride; rows, out_features, in_features, tiles, extra, units, kept_steps,
-# stages, in_flight, ahead. What changes from call to call comes first.
+# stages, in_flight, slots. What changes from call to call comes first.
 _PARAMS = struct.Struct("<7Qq10i")
 _CHANGING = struct.Struct("<7Qq")
 _SIZES = struct.Struct("<10i")
-_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
-_BARRIERS = 8 * (2 * (_MAX_STAGES + _SLOTS) + _MAX_CHUNKS)
+_MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
+_BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS)
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 # A block that reads no more than so many units shares its multiprocessor with the next kernel's, which then has all its
 # weights when x arrives: 4096 x 4096 in 3.1 us instead of 3.7. Larger ones need the whole memory for their ring.
 _FEW_UNITS = 40
-_AHEAD = 1 << 20  # stages left to request when the next kernel may start: at once, later gained nothing
 
 
 class Shape(NamedTuple):
@@ -55,12 +54,14 @@ class Plan(NamedTuple):
     warps: that multiply; a stage is a unit for each
     stages: of the ring, 0 where there is none
     in_flight: half stages requested at a time, 0 for no limit
+    slots: tiles whose sums wait to be added up
     shared: bytes of shared memory of a block
     """
 
     warps: int
     stages: int
     in_flight: int
+    slots: int
     shared: int
 
 
@@ -103,8 +104,8 @@ def max_rows(shape: Shape, device: int) -> int:
 def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan | None:
     """The plan for `rows` rows on `sms` multiprocessors with `available` bytes of shared memory each; None: no room."""
     if not ring:
-        shared = _shared(shape, rows, 8, 0)
-        return Plan(8, 0, 0, shared) if shared <= available else None
+        shared = _shared(shape, rows, 8, 0, _MAX_SLOTS)
+        return Plan(8, 0, 0, _MAX_SLOTS, shared) if shared <= available else None
     units = _busiest(shape, sms) * shape.units
     if units <= _FEW_UNITS and (chosen := _fit(shape, rows, 8, range(5, 3, -1), 6, available // 2 - _RESERVED)):
         return chosen
@@ -115,8 +116,14 @@ def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan 
 
 def _fit(shape: Shape, rows: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
     """The first of `stages` that leaves room for x."""
-    fits = (Plan(warps, each, in_flight, _shared(shape, rows, warps, each)) for each in stages)
-    return next((plan._replace(in_flight=min(in_flight, 2 * plan.stages)) for plan in fits if plan.shared <= most), None)
+    for each in stages:
+        for slots in (
+            (_MAX_SLOTS, 1) if shape.units > 64 else (_MAX_SLOTS, 2)
+        ):  # tiles of many units are seldom finished
+            shared = _shared(shape, rows, warps, each, slots)
+            if shared <= most:
+                return Plan(warps, each, min(in_flight, 2 * each), slots, shared)
+    return None
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
@@ -148,7 +155,7 @@ def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     launcher = kernel.launcher(grid, threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
     in_features = -(-shape.in_features // 8) * 8
     sizes = (rows, shape.out_features, in_features, *divmod(shape.tiles, grid), shape.units, shape.kept_steps)
-    _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, _AHEAD)
+    _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, chosen.slots)
     return launcher
 
 
@@ -157,11 +164,11 @@ def _busiest(shape: Shape, sms: int) -> int:
     return -(-shape.tiles // min(sms, shape.tiles))
 
 
-def _shared(shape: Shape, rows: int, warps: int, stages: int) -> int:
+def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int) -> int:
     """Bytes of shared memory: `layout_of` of gemv.cu."""
     one = rows == 1
     ring = stages * warps * (UNIT_BYTES + 40 * UNIT_K // shape.group)
-    sums = _SLOTS * warps * 32 * (8 if one else 16)
+    sums = slots * warps * 32 * (8 if one else 16)
     x = 3 * (shape.units * UNIT_K + 64) if one else rows * (shape.units * UNIT_K * 2 + 16)
     table = shape.units * (UNIT_K // shape.group) * 8 if one else 0
     kept = (1 if one else MAX_ROWS) * (shape.kept_steps * 16 + 8) * 2

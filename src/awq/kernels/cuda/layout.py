@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ _NIBBLES = (0, 16, 8, 24, 1, 17, 9, 25)
 _BY_K = [_NIBBLES.index(k) for k in sorted(_NIBBLES)]  # step, half k, bit
 
 
-@dataclass(frozen=True)
-class Units:
+class Units(NamedTuple):
     """codes uint8 [tiles, units, 2048]; affine uint8 [tiles, units, 40 * 256 / group]; group: 32, 64 or 128.
 
     kept: float16 [tiles, steps, 256], and index: int32 [16 * steps] with -1 for padding; None without kept channels
@@ -33,7 +32,7 @@ class Units:
     codes: Tensor
     affine: Tensor
     kept: Tensor | None
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name, which nobody misses
     in_features: int
     out_features: int
     group: int

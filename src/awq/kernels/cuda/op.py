@@ -44,12 +44,15 @@ def launch(
     shape, place = x.shape, codes.get_device()
     if x.get_device() != place or x.dtype not in _dtypes(place) or shape[-1] != in_features:
         raise AwqError(_complaint(x, codes, in_features))
-    y = x.new_empty((*shape[:-1], out_features))
-    rows = x.numel() // in_features
+    if len(shape) == 2:
+        rows = shape[0]
+        y = x.new_empty((rows, out_features))
+    else:
+        rows = x.numel() // in_features
+        y = x.new_empty((*shape[:-1], out_features))
+        x = x.reshape(rows, in_features)
     if rows == 0:
         return y
-    if len(shape) != 2:
-        x = x.reshape(rows, in_features)
     stride, step = x.stride()
     if step != 1 or stride % 8 or stride < in_features or in_features % 8 or x.data_ptr() % 16:
         x = _aligned(x)

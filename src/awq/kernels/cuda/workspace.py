@@ -8,43 +8,47 @@ any stream. What a capture asks for is part of its graph: memory of the graph's 
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from awq.jit.driver import driver
 
-if TYPE_CHECKING:
-    from awq.kernels.cuda.designs import Plan
-
-_FLAG_BYTES = 64 * 1024
-_KEPT = 64  # places, the least recently used dropped: their memory goes back to its stream
-
-_places: OrderedDict[tuple[int, int, int], Tensor] = OrderedDict()
+FLAG_BYTES = 64 * 1024
+_KEPT = 64  # places, the oldest dropped: their memory goes back to its stream
 
 
-def workspace(device: int, stream: int, plan: Plan) -> tuple[int, int]:
-    """Addresses of the partial sums and of the flags of a plan that splits tiles, for the current stream."""
-    design = plan.design
-    needed = _FLAG_BYTES + plan.blocks * design.block_rows * design.tokens * 4
+class _Place(NamedTuple):
+    memory: Tensor
+    size: int
+    partial: int
+    flags: int
+
+
+_places: dict[tuple[int, int, int], _Place] = {}
+
+
+def workspace(device: int, stream: int, size: int) -> tuple[int, int]:
+    """Addresses of `size` bytes of partial sums and of their flags, for the current stream."""
     key = (device, stream, _capture(stream))
     place = _places.get(key)
-    if place is None or place.numel() < needed:
-        place = _places[key] = _cleared(device, needed)
+    if place is None or place.size < size:
+        place = _places[key] = _cleared(device, size)
         while len(_places) > _KEPT:
-            _places.popitem(last=False)
-    else:
-        _places.move_to_end(key)
-    flags = place.data_ptr()
-    return flags + _FLAG_BYTES, flags
+            _places.pop(next(iter(_places)), None)
+    return place.partial, place.flags
 
 
-def _cleared(device: int, size: int) -> Tensor:
-    place = torch.empty(size, dtype=torch.uint8, device=torch.device("cuda", device))
-    place[:_FLAG_BYTES].zero_()
-    return place
+def _cleared(device: int, size: int) -> _Place:
+    memory = torch.empty(FLAG_BYTES + size, dtype=torch.uint8, device=_device(device))
+    memory[:FLAG_BYTES].zero_()
+    flags = memory.data_ptr()
+    return _Place(memory, size, flags + FLAG_BYTES, flags)
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def _capture(stream: int) -> int:

@@ -20,26 +20,27 @@ struct alignas(64) TensorMap { u64 words[16]; };
 
 // The kernels' only argument; gemm.py writes it at these offsets.
 struct Params {
-  TensorMap x;         // 0    [rows, in_features], rows x_stride apart
-  TensorMap codes;     // 128  [tiles, units * 2048 bytes]
-  TensorMap affine;    // 256  [tiles, units * AFFINE_BYTES]
-  TensorMap out;       // 384  [rows, out_features]
-  TensorMap gathered;  // 512  [rows, 16 * kept_steps]: the kept channels of x (wgmma only)
-  const u8* code_bytes;    // 640  the same tensors as plain pointers
+  TensorMap x;             // 0    [rows, in_features], rows x_stride apart
+  TensorMap out;           // 128  [rows, out_features] (wgmma's tensor stores only)
+  TensorMap gathered;      // 256  [rows, 16 * kept_steps]: the kept channels of x (wgmma only)
+  TensorMap codes;         // 384  [tiles, units * 2048 bytes]
+  TensorMap affine;        // 512  [tiles, units * AFFINE_BYTES]
+  const u8* code_bytes;    // 640  the same two as plain pointers
   const u8* affine_bytes;  // 648
-  const u16* x_values;     // 656
-  u16* y;                  // 664
-  const u16* bias;         // 672  in the activations' type, or null
-  const u8* kept;          // 680
-  const int* kept_index;   // 688
+  const u8* kept;          // 656  null without kept channels
+  const int* kept_index;   // 664
+  const u16* x_values;     // 672
+  u16* y;                  // 680
+  const u16* bias;         // 688  in the activations' type, or null
   float* partial;          // 696  sums of split tiles, one block's tile after another
   u32* flags;              // 704  one for each partial sum: 1 when it is there; all 0 between kernels
-  int rows, in_features, out_features, x_stride;  // 712
-  int token_tiles, row_blocks;                    // 728  tiles are row_blocks x token_tiles
-  int workers, steps;                             // 736  blocks or clusters; steps of the k walk of a tile
-  int whole_tiles;                                // 744  of each worker
-  int share, longer;                              // 748  steps of each worker after those; so many take one more
-  int kept_steps, kept_room;                      // 756  k16 steps of kept channels; how many fit shared memory (mma)
+  int x_stride;                         // 712
+  int rows, in_features, out_features;  // 716
+  int token_tiles, row_blocks;          // 728  tiles are row_blocks x token_tiles
+  int workers, steps;                   // 736  blocks or clusters; steps of the k walk of a tile
+  int whole_tiles;                      // 744  of each worker
+  int share, longer;                    // 748  steps of each worker after those; so many take one more
+  int kept_steps, kept_room;            // 756  k16 steps of kept channels; how many fit shared memory (mma)
 };
 
 // ------------------------------------------------------------------------------------------------------- schedule

@@ -52,7 +52,8 @@ constexpr int BLOCK_TILES = ROW_WARPS * WARP_TILES;
 constexpr int WARP_SLICES = SLICES / K_WARPS, STEP_K = 64 * SLICES;
 constexpr int N8 = TOKENS / 8, SUMS = 4 * N8;        // n8 blocks; float32 sums of a lane for one tile of 16 rows
 constexpr int OWN_TILES = WARP_TILES / K_WARPS;      // tiles that a warp finishes, of those it shares with K_WARPS - 1
-constexpr int UNROLLED_SLICES = TOKENS == 64 || TOKENS == 32 && GROUP < 128 ? 1 : WARP_SLICES;
+// Slices of one body of the loop over them: two where 168 registers hold what the compiler then loads ahead.
+constexpr int UNROLLED_SLICES = TOKENS == 64 || (TOKENS == 32 && GROUP < 128) ? 1 : WARP_SLICES;
 constexpr int GROUP_STEPS = GROUP / 16 < 4 * UNROLLED_SLICES ? GROUP / 16 : 4 * UNROLLED_SLICES;  // k16 steps under one scale
 constexpr int X_AHEAD = TOKENS <= 32 ? 4 : 1;        // k16 steps whose fragments of x are loaded at once
 
@@ -331,7 +332,6 @@ DEVICE bool kept_once(const Params& p) { return p.token_tiles == 1 && p.kept_ste
 // x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together.
 DEVICE void gather_kept(const Params& p, u32 to, int token_tile, int first, int steps) {
   named_barrier(1, CONSUMER_THREADS);
-#pragma unroll (TOKENS <= 32 ? 4 : 1)
   for (int i = threadIdx.x; i < TOKENS * steps * 16; i += CONSUMER_THREADS) {
     int t = i / (steps * 16), j = i - t * (steps * 16), row = token_tile * TOKENS + t;
     int channel = p.kept_index[first * 16 + j];
@@ -343,12 +343,13 @@ DEVICE void gather_kept(const Params& p, u32 to, int token_tile, int first, int 
 
 // The kept channels' part of a tile; the k warps share its k16 steps. tile: of the warp's first 16 rows.
 DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x, int token_tile, int tile, int k_warp) {
-  const int lane = threadIdx.x % 32, tiles = (p.out_features + 15) / 16, room = p.kept_room;
+  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room;
+  const int tiles = (p.out_features + 15) / 16;
   for (int first = 0; first < p.kept_steps; first += room) {
     int steps = min(room, p.kept_steps - first);
     if (!kept_once(p)) gather_kept(p, kept_x, token_tile, first, steps);
-    u32 x = kept_x + (lane >> 2) * (room * 32 + 16) + (lane & 3) * 4;
-#pragma unroll (TOKENS <= 16 ? 2 : 1)
+    const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
+#pragma unroll (TOKENS * WARP_TILES <= 32 ? 2 : 1)
     for (int s = k_warp; s < steps; s += K_WARPS) {
       uint4 a[WARP_TILES];
 #pragma unroll
@@ -358,12 +359,15 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x
           a[m] = load_stream16(p.kept + ((u64)(tile + m) * p.kept_steps + first + s) * KEPT_STEP_BYTES + lane * 16);
       }
 #pragma unroll
-      for (int n = 0; n < N8; n++) {
-        u32 at = x + n * 8 * (room * 32 + 16) + s * 32, b0 = load_shared4(at), b1 = load_shared4(at + 16);
+      for (int n = 0; n < N8; n += 2) {
+        u32 b[2][2];
+        load_matrices(b[0], b[1], x + n * 8 * stride + s * 32);
 #pragma unroll
-        for (int m = 0; m < WARP_TILES; m++) {
-          float (&d)[4] = *(float (*)[4])(acc[m] + 4 * n);
-          mma_acc(d, as_activations(a[m].x), as_activations(a[m].y), as_activations(a[m].z), as_activations(a[m].w), b0, b1);
+        for (int i = 0; i < 2 * WARP_TILES; i++) {
+          const uint4& w = a[i / 2];
+          float (&d)[4] = *(float (*)[4])(acc[i / 2] + 4 * (n + i % 2));
+          mma_acc(d, as_activations(w.x), as_activations(w.y), as_activations(w.z), as_activations(w.w), b[i % 2][0],
+                  b[i % 2][1]);
         }
       }
     }

@@ -32,13 +32,16 @@
 #ifndef WARPS  // that multiply
 #define WARPS 16
 #endif
+#ifndef EVERY_LANE  // 1 for compute-sanitizer's racecheck, which does not follow an order through __syncwarp
+#define EVERY_LANE 0
+#endif
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
 constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
 constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
-constexpr int SLOTS = 4;                       // tiles whose sums wait for the output warp
+constexpr int SLOTS = 4;                       // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
 constexpr int MAX_STAGES = 16;
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
@@ -60,7 +63,7 @@ struct Params {
   int kept_steps;
   int stages;          // of the ring
   int in_flight;       // half stages requested and not arrived at most: 2 or more, or 0 for no limit
-  int ahead;           // the next kernel may start when so many stages are left to request
+  int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
@@ -73,7 +76,7 @@ DEVICE Layout layout_of(const Params& p, u32 base) {
   s.pitch = ONE ? p.units * UNIT_K + 64 : p.units * UNIT_K * 2 + 16;
   s.ring = base;
   s.sums = s.ring + (AWQ_RING ? p.stages * STAGE : 0);
-  s.x = s.sums + SLOTS * SLOT;
+  s.x = s.sums + p.slots * SLOT;
   s.zeros = s.x + (ONE ? 3 : p.rows) * s.pitch;
   s.table = s.zeros + 16;
   s.kept_x = s.table + (ONE ? p.units * GROUPS * 8 : 0);
@@ -90,22 +93,26 @@ DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX
 // run of tiles a block instead, 12288 x 4096 took 3 % longer).
 DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.extra); }
 DEVICE int tile_at(int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
+// The how manieth tile in its slot.
+DEVICE int turn_of(const Params& p, int tile) { return tile >> (p.slots >> 1); }
 // Warps that have a unit of a given tile.
 DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WARPS; }
 
 // -------------------------------------------------------------- signals between warps, also where there is no mbarrier
 
-DEVICE void signal_init(u32 at, u32 count) {
+// `count` signals of warps, or of one thread.
+DEVICE void signal_init(u32 at, u32 count, bool warps = true) {
+  if (EVERY_LANE && warps) count *= 32;
 #if __CUDA_ARCH__ >= 800
   barrier_init(at, count);
 #else
   asm volatile("st.shared.u64 [%0], %1;" ::"r"(at), "l"(0ull) : "memory");
 #endif
 }
-// By a whole warp, whose accesses before are over.
+// By a whole warp, whose accesses before are over: one lane speaks for all.
 DEVICE void signal(u32 at) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0)
+  if (EVERY_LANE || threadIdx.x % 32 == 0)
 #if __CUDA_ARCH__ >= 800
     barrier_arrive(at);
 #else
@@ -119,7 +126,7 @@ DEVICE void await(u32 at, int turn, int count) {
 #else
   int seen;
   do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(at) : "memory");
-  while (seen < (turn + 1) * count);
+  while (seen < (turn + 1) * count * (EVERY_LANE ? 32 : 1));
 #endif
 }
 
@@ -164,23 +171,39 @@ DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
 
 // x reaches shared memory in chunks of 8 k a math thread: as much as one stage of the ring multiplies. The math of the
 // first stage starts when its chunk is there: of 28672 channels, all at once took 2 us in which nothing was read.
+// Whether the units of every tile fall to the math warps alike, so that each keeps its part of x in registers.
+DEVICE bool keeps(const Params& p) {
+  return AWQ_RING && (GROUP == 128 || (ONE && GROUP == 64)) && (p.units == WARPS || (ONE && p.units == 2 * WARPS));
+}
 DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 
 // One row: loads, planes, stores. Several chunks are asked for at a time, or each would wait for the second-level cache.
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
-  int k = 16 * (part >> 1) + 4 * (part & 1);
-  uint2 lower = k < p.in_features ? load_fresh8(p.x + k) : make_uint2(0, 0);
-  uint2 upper = k + 8 < p.in_features ? load_fresh8(p.x + k + 8) : make_uint2(0, 0);
-  return make_uint4(lower.x, lower.y, upper.x, upper.y);
+  return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
 }
 DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
-  make_planes(s, raw, part < p.units * (UNIT_K / 8), part);
+  // Two lanes loaded 0..7 and 8..15 of a k16 step; each gets 4 of both.
+  bool upper = part & 1;
+  u32 x = __shfl_xor_sync(~0u, upper ? raw.x : raw.z, 1), y = __shfl_xor_sync(~0u, upper ? raw.y : raw.w, 1);
+  make_planes(s, upper ? make_uint4(x, y, raw.z, raw.w) : make_uint4(raw.x, raw.y, x, y), part < p.units * (UNIT_K / 8), part);
 }
 
-// Several rows, by one warp: bulk copies that math warps await. What lies beyond the channels is zero.
+// Several rows: 8 k of each to where they are.
+DEVICE void copy_part(const Params& p, const Layout& s, int part) {
+  uint4 raw[ROWS];
+#pragma unroll
+  for (int row = 0; row < ROWS; row++)
+    raw[row] = row < p.rows && 8 * part < p.in_features ? load_fresh16(p.x + row * p.x_stride + 8 * part) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int row = 0; row < ROWS; row++)
+    if (row < p.rows) store_shared16(s.x + row * s.pitch + part * 16, raw[row]);
+}
 #if AWQ_RING
+// Of more than a stage's channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of that
+// many slower (4096 x 4096: 5.2 and 4.9). Math warps await them chunk by chunk; what lies beyond the channels is zero.
 constexpr int CHUNK_K = 8 * MATH_THREADS;
+DEVICE bool copies_rows(const Params& p) { return !ONE && !keeps(p); }
 DEVICE void copy_rows(const Params& p, const Layout& s, int lane) {
   if (lane == 0)
     for (int i = 0; i < chunks_of(p); i++) {
@@ -195,15 +218,6 @@ DEVICE void clear_beyond(const Params& p, const Layout& s, int thread) {
   if (!beyond) return;
   for (int i = thread; i < p.rows * beyond; i += MATH_THREADS)
     store_shared16(s.x + i / beyond * s.pitch + p.in_features * 2 + i % beyond * 16, make_uint4(0, 0, 0, 0));
-  named_barrier(1, MATH_THREADS);
-}
-#else  // without bulk copies the math warps do it
-DEVICE void copy_rows(const Params& p, const Layout& s, int thread) {
-  for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS)
-#pragma unroll 2
-    for (int row = 0; row < p.rows; row++)
-      store_shared16(s.x + row * s.pitch + part * 16,
-                     8 * part < p.in_features ? load_fresh16(p.x + row * p.x_stride + 8 * part) : make_uint4(0, 0, 0, 0));
   named_barrier(1, MATH_THREADS);
 }
 #endif
@@ -369,9 +383,9 @@ DEVICE void hand_over(u32 slot, int warp, int lane, float (&o)[4]) {
   o[0] = o[1] = o[2] = o[3] = 0.f;
 }
 
-DEVICE void finish_tile(const Layout& s, int tile, int warp, int lane, float (&o)[4]) {
-  int slot = tile % SLOTS;
-  await(empty_slot(s, slot), tile / SLOTS - 1, 1);
+DEVICE void finish_tile(const Params& p, const Layout& s, int tile, int warp, int lane, float (&o)[4]) {
+  int slot = tile & (p.slots - 1);
+  await(empty_slot(s, slot), turn_of(p, tile) - 1, 1);
   hand_over(s.sums + slot * SLOT, warp, lane, o);
   signal(full_slot(s, slot));
 }
@@ -402,8 +416,9 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
     for (int k = 0; k < KEEP; k++) store_part(p, s, raw[k], k * MATH_THREADS + thread);
     named_barrier(1, MATH_THREADS);
   } else {
-    clear_beyond(p, s, thread);
-    barrier_wait(full_chunk(s, 0), 0);
+    wait_for_earlier_kernels();
+    copy_part(p, s, thread);
+    named_barrier(1, MATH_THREADS);
   }
   const X<KEEP> x(p, s, lane, warp);
   const int count = count_tiles(p);
@@ -417,7 +432,7 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
       take_unit(w, p, s, ring, warp, lane);
       multiply(w, 0, k, x, lane, o);
     }
-    finish_tile(s, tile, warp, lane, o);
+    finish_tile(p, s, tile, warp, lane, o);
   }
 }
 #endif
@@ -438,7 +453,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     read_unit(to, [&](int i) { return load_stream16(codes + i); }, [&](int i) { return __ldg((const u32*)(record + i)); },
               [&](int i) { return (u32)__ldg(record + i); }, lane);
   };
-  if (tile < count) fetch(w, tile, unit);
+  if (ONE && tile < count) fetch(w, tile, unit);
 #endif
   auto stage = [&] {
     if (tile >= count) return;
@@ -453,24 +468,28 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     multiply(w, unit, 0, x, lane, o);
     w = after;
 #endif
-    if (next_tile != tile) finish_tile(s, tile, warp, lane, o);
+    if (next_tile != tile) finish_tile(p, s, tile, warp, lane, o);
     tile = next_tile;
     unit = next;
   };
   if constexpr (ONE) {
     wait_for_earlier_kernels();
-#pragma unroll 1
-    for (int first = 0; first < chunks; first += AT_ONCE) {
-      uint4 raw[AT_ONCE];
+    uint4 raw[AT_ONCE];
+    auto load_parts = [&](int first) {
 #pragma unroll
       for (int b = 0; b < AT_ONCE; b++) raw[b] = load_part(p, (first + b) * MATH_THREADS + thread);
+    };
+    load_parts(0);
+#pragma unroll 1
+    for (int first = 0; first < chunks; first += AT_ONCE) {
 #pragma unroll
-      for (int b = 0; b < AT_ONCE; b++) {
-        if (first + b >= chunks) break;
-        store_part(p, s, raw[b], (first + b) * MATH_THREADS + thread);
-        named_barrier(1, MATH_THREADS);
-        stage();
-      }
+      for (int b = 0; b < AT_ONCE; b++)
+        if (first + b < chunks) store_part(p, s, raw[b], (first + b) * MATH_THREADS + thread);
+      named_barrier(1, MATH_THREADS);
+      if (first + AT_ONCE >= chunks) break;
+      load_parts(first + AT_ONCE);
+#pragma unroll 1
+      for (int b = 0; b < AT_ONCE; b++) stage();
     }
   } else {
 #if AWQ_RING
@@ -482,7 +501,9 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     }
 #else
     wait_for_earlier_kernels();
-    copy_rows(p, s, thread);
+    for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
+    named_barrier(1, MATH_THREADS);
+    if (tile < count) fetch(w, tile, unit);  // not before: too few registers for both
 #endif
   }
 #pragma unroll 1
@@ -525,17 +546,17 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
 #endif
   wait_for_earlier_kernels();
 #if AWQ_RING
-  if (!ONE) copy_rows(p, s, lane);
+  if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
   if (p.kept_steps) gather_kept(p, s, lane);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
-    int slot = i % SLOTS, first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
+    int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
     float bias0 = p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f;
     float bias1 = p.bias && n + 8 < p.out_features ? widen(__ldg(p.bias + n + 8)) : 0.f;
     float d[4] = {bias0, bias0, bias1, bias1}, sums[4] = {};
     if (p.kept_steps) multiply_kept(p, s, tile_at(i), lane, d);
-    await(full_slot(s, slot), i / SLOTS, several);
+    await(full_slot(s, slot), turn_of(p, i), several);
     u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
     auto add = [&](int from_warp) {
       u32 from = at + from_warp * (ONE ? 256 : 512);
@@ -612,7 +633,7 @@ struct Copier {
 // By one thread: the fence after it costs a block of 32 lanes that execute it 1.2 us.
 DEVICE void set_up_signals(const Params& p, const Layout& s) {
   for (int i = 0; i < p.stages; i++) signal_init(empty_stage(s, i), WARPS);
-  for (int i = 0; i < SLOTS; i++) {
+  for (int i = 0; i < p.slots; i++) {
     signal_init(full_slot(s, i), contributors(p));
     signal_init(empty_slot(s, i), 1);
   }
@@ -626,18 +647,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
   if (warp == WARPS + 1) {
     Copier copier(p);
     if (lane == 0) {
-      for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1);
-      if (!ONE)
-        for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1);
+      for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1, false);
+      if (copies_rows(p))
+        for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1, false);
       fence_for_copies();
       copier.fill(p, s);  // before anything else
       set_up_signals(p, s);
     }
     __syncthreads();
     if (lane == 0) {
-      for (; copier.left > 0; copier.fill(p, s))
-        if (copier.left <= p.ahead * WARPS) let_next_kernel_start();
-      let_next_kernel_start();
+      let_next_kernel_start();  // later gained nothing
+      while (copier.left > 0) copier.fill(p, s);
     }
     return;
   }
@@ -651,17 +671,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
   }
   if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
 #if AWQ_RING
-  if constexpr (GROUP == 128 || (ONE && GROUP == 64)) {  // registers suffice
-    if (p.units == WARPS) {
-      if constexpr (ONE) math_warp_keeping<Planes, 1>(p, s, thread, warp, lane);
-      else math_warp_keeping<Halves, 1>(p, s, thread, warp, lane);
-      return;
-    }
-    if constexpr (ONE)
-      if (p.units == 2 * WARPS) {
-        math_warp_keeping<Planes, 2>(p, s, thread, warp, lane);
-        return;
-      }
+  if (keeps(p)) {
+    if constexpr (!ONE) math_warp_keeping<Halves, 1>(p, s, thread, warp, lane);
+    else if (p.units == WARPS) math_warp_keeping<Planes, 1>(p, s, thread, warp, lane);
+    else math_warp_keeping<Planes, 2>(p, s, thread, warp, lane);
+    return;
   }
 #endif
   if constexpr (ONE) math_warp<Planes>(p, s, thread, warp, lane);

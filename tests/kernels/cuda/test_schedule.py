@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from awq.kernels.cuda.designs import WGMMA, Design, Plan, Shape, designs, plan, shared_limit, variants
+from awq.kernels.cuda.designs import WGMMA, Design, dequantizes, designs, shared_limit, variants
 from awq.kernels.cuda.layout import GROUPS
+from awq.kernels.cuda.schedule import Plan, Shape, plan
 
 ARCHS = ["sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a"]
 ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 777, 1024, 4096, 100_000]
 SHAPES = [(8, 32), (24, 96), (72, 352), (4096, 4096), (12288, 4096), (1032, 11008), (8192, 28672), (152064, 3584)]
+
+
+# Out and in features -> the fastest design measured on an H200 at 8, 16, 32, ... 4096 rows; ~: a tie with another.
+FASTEST = {
+    (12288, 4096): "PPACFGHHHH",
+    (4096, 4096): "PP~DDFFGGH",
+    (22016, 4096): "PPACFHHHHH",
+    (4096, 11008): "PPADFFFGGH",
+    (8192, 8192): "PP~CFFG~HH",
+    (8192, 28672): "QQBEFHGHHH",
+}
 
 
 def segments(p: Plan, worker: int) -> list[tuple[int, int, int]]:
@@ -54,6 +66,32 @@ def test_a_plan_fits_its_gpu(arch: str, group: int, kept: int) -> None:
             assert p.shared <= shared_limit(arch)
             assert p.design.stages >= 2
             assert not kept or not p.design.mma or 1 <= p.kept_room <= kept
+
+
+@pytest.mark.parametrize(("n", "k"), FASTEST)
+def test_the_fastest_design_is_taken(n: int, k: int) -> None:
+    taken = "".join(plan(8 << i, Shape(k, n, 128, 0, False), "sm_90a", 132).design.name[0] for i in range(10))
+    assert all(best in (found, "~") for found, best in zip(taken, FASTEST[n, k], strict=True)), taken
+
+
+def test_no_design_is_compiled_for_nothing() -> None:
+    for arch in ARCHS:
+        taken = {
+            plan(rows, Shape(k, n, 128, 0, False), arch, 132).design.name
+            for n, k in {*SHAPES, *FASTEST}
+            for rows in ROWS
+            if not dequantizes(rows, arch)
+        }
+        assert taken == {design.name for design in designs(arch)}
+
+
+def test_many_rows_are_dequantized_where_there_is_no_wgmma() -> None:
+    first = {arch: next((rows for rows in range(1, 5000) if dequantizes(rows, arch)), None) for arch in ARCHS}
+    assert first.pop("sm_90a") is None
+    assert first.pop("sm_75") == 256 and set(first.values()) == {512}
+    for arch in ARCHS:
+        sources = {source.stem for source, *_ in variants(arch)}
+        assert ("dequantize" in sources) is (arch != "sm_90a") and ("gather" in sources) is (arch == "sm_90a")
 
 
 def test_wgmma_only_where_it_is() -> None:
