@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from functools import lru_cache
@@ -116,13 +117,11 @@ def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan 
 
 def _fit(shape: Shape, rows: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
     """The first of `stages` that leaves room for x."""
-    for each in stages:
-        for slots in (
-            (_MAX_SLOTS, 1) if shape.units > 64 else (_MAX_SLOTS, 2)
-        ):  # tiles of many units are seldom finished
-            shared = _shared(shape, rows, warps, each, slots)
-            if shared <= most:
-                return Plan(warps, each, min(in_flight, 2 * each), slots, shared)
+    fewer_slots = 1 if shape.units > 64 else 2  # tiles of many units are seldom finished
+    for each, slots in itertools.product(stages, (_MAX_SLOTS, fewer_slots)):
+        shared = _shared(shape, rows, warps, each, slots)
+        if shared <= most:
+            return Plan(warps, each, min(in_flight, 2 * each), slots, shared)
     return None
 
 

@@ -180,13 +180,13 @@ DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 // One row: loads, planes, stores. Several chunks are asked for at a time, or each would wait for the second-level cache.
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
-  return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
+  int k = 16 * (part >> 1) + 4 * (part & 1);
+  uint2 lower = k < p.in_features ? load_fresh8(p.x + k) : make_uint2(0, 0);
+  uint2 upper = k + 8 < p.in_features ? load_fresh8(p.x + k + 8) : make_uint2(0, 0);
+  return make_uint4(lower.x, lower.y, upper.x, upper.y);
 }
 DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
-  // Two lanes loaded 0..7 and 8..15 of a k16 step; each gets 4 of both.
-  bool upper = part & 1;
-  u32 x = __shfl_xor_sync(~0u, upper ? raw.x : raw.z, 1), y = __shfl_xor_sync(~0u, upper ? raw.y : raw.w, 1);
-  make_planes(s, upper ? make_uint4(x, y, raw.z, raw.w) : make_uint4(raw.x, raw.y, x, y), part < p.units * (UNIT_K / 8), part);
+  make_planes(s, raw, part < p.units * (UNIT_K / 8), part);
 }
 
 // Several rows: 8 k of each to where they are.
