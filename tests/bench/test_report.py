@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from awq.bench import report
+from awq.bench.kernels.shapes import Setting, Shape
 from awq.bench.results import DENSE, Ceiling, KernelBench, row_of
-from awq.bench.shapes import Setting, Shape
 from awq.bench.timing import Timing
 from awq.errors import ConfigError
 

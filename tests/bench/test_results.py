@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
+from awq.bench.kernels.shapes import Setting, Shape
 from awq.bench.results import DENSE, PEER, Ceiling, KernelBench, KernelRow, crossover, gemv_gain, panels, row_of
-from awq.bench.shapes import Setting, Shape
 from awq.bench.timing import Timing
 
 SHAPE = Shape(64, 128)

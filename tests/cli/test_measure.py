@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-import awq.bench.kernels
-import awq.bench.overheads
+import awq.bench.kernels.overheads
+import awq.bench.kernels.run
 import awq.load
 import awq.source
+from awq.bench.kernels.shapes import SWEEP, Setting, Shape
 from awq.bench.results import Ceiling, KernelBench, row_of
-from awq.bench.shapes import SWEEP, Setting, Shape
 from awq.bench.timing import Timing
 from awq.errors import KernelNotSupportedError
 from tests.cli.run import refused, run, run_json
@@ -163,7 +163,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({"settings": settings} | options)
         return cold_bench()
 
-    monkeypatch.setattr(awq.bench.kernels, "bench_settings", bench)
+    monkeypatch.setattr(awq.bench.kernels.run, "bench_settings", bench)
     return seen
 
 
@@ -209,7 +209,7 @@ def test_what_was_measured_cold_as_a_table() -> None:
 @pytest.mark.usefixtures("asked")
 def test_overheads_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {"call": {"operator_us": 7.0}, "first_use": {"cold": {"first_s": 3.0}}}
-    monkeypatch.setattr(awq.bench.overheads, "measure_overheads", lambda device: figures)
+    monkeypatch.setattr(awq.bench.kernels.overheads, "measure_overheads", lambda device: figures)
     assert run_json("bench", "kernels", "--overheads", "--device", "cpu")["overheads"] == figures
     text = " ".join(run("bench", "kernels", "--overheads", "--device", "cpu").stdout.split())
     assert "operator us 7.00" in text and "cold first s 3.00" in text

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from awq.bench.shapes import DTYPE_NAMES, Setting, Shape
+from awq.bench.kernels.shapes import DTYPE_NAMES, Setting, Shape
 from awq.bench.timing import Timing
 
 # Beside "GEMV" and "GEMM": a dense linear in the same dtype, and other projects' kernels.

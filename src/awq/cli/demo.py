@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from awq.bench.kernels import KernelBench
+    from awq.bench.kernels.run import KernelBench
     from awq.bench.plots import Salience
     from awq.evaluate import Agreement, Perplexity
     from awq.recipe import Finished
@@ -222,7 +222,7 @@ def _against(found: Perplexity, reference: Perplexity, kl: float) -> dict[str, f
 
 
 def sweep(device: torch.device) -> KernelBench:
-    from awq.bench.kernels import Shape, bench_kernels
+    from awq.bench.kernels.run import Shape, bench_kernels
 
     return bench_kernels([Shape.parse(shape) for shape in SHAPES], device, group_size=GROUP_SIZE, seconds=0.1)
 

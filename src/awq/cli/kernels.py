@@ -17,8 +17,8 @@ from awq.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from awq.bench.kernels.shapes import Setting, Shape
     from awq.bench.results import KernelBench, KernelRow
-    from awq.bench.shapes import Setting, Shape
 
 
 Shapes = Annotated[
@@ -59,12 +59,12 @@ def bench_kernels(
     The options that name a value may be repeated; every combination is timed.
     """
     target = options.torch_device(device)
-    from awq.bench.kernels import bench_settings
-    from awq.bench.overheads import measure_overheads
-    from awq.bench.peers import find_peers
+    from awq.bench.kernels.overheads import measure_overheads
+    from awq.bench.kernels.peers import find_peers
+    from awq.bench.kernels.run import bench_settings
+    from awq.bench.kernels.shapes import SWEEP, default_shapes, find_shapes
     from awq.bench.plots import plot_kernels, require_matplotlib
     from awq.bench.report import kernels_file, machine_facts, write_kernels
-    from awq.bench.shapes import SWEEP, default_shapes, find_shapes
 
     shapes = [*find_shapes(shape or ()), *(SWEEP if sweep else ())] or default_shapes(target)
     groups, ratios = group_size or [64], outlier_ratio or [0.0]
@@ -91,15 +91,15 @@ def _settings(
     shapes: Sequence[Shape], groups: Sequence[int], dtypes: Sequence[torch.dtype], ratios: Sequence[float], zeros: bool
 ) -> list[Setting]:
     """Every combination; ConfigError for one that means nothing."""
-    from awq.bench.shapes import Setting
+    from awq.bench.kernels.shapes import Setting
 
     found = product(shapes, groups, dtypes, ratios)
     return [Setting(shape, group, dtype, zeros, ratio) for shape, group, dtype, ratio in found]
 
 
 def _dtypes(names: Sequence[str] | None, device: torch.device) -> list[torch.dtype]:
-    from awq.bench.kernels import default_dtype
-    from awq.bench.shapes import DTYPE_NAMES
+    from awq.bench.kernels.run import default_dtype
+    from awq.bench.kernels.shapes import DTYPE_NAMES
 
     known = {name: dtype for dtype, short in DTYPE_NAMES.items() for name in (short, str(dtype).removeprefix("torch."))}
     for name in names or ():
@@ -110,7 +110,7 @@ def _dtypes(names: Sequence[str] | None, device: torch.device) -> list[torch.dty
 
 def _counts(words: Sequence[str] | None) -> tuple[int, ...]:
     """Row counts from "1,2,16" and "1-8", ascending; ConfigError for what is no count."""
-    from awq.bench.kernels import ROWS
+    from awq.bench.kernels.run import ROWS
 
     if not words:
         return ROWS

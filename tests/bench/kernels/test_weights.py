@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from awq.bench import weights
-from awq.bench.shapes import Setting, Shape
-from awq.bench.weights import dense_weight, random_linear
+from awq.bench.kernels import weights
+from awq.bench.kernels.shapes import Setting, Shape
+from awq.bench.kernels.weights import dense_weight, random_linear
 from awq.linear import QuantLinear
 
 SHAPE = Shape(512, 1024)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from awq import jit
-from awq.bench import ceiling
+from awq.bench.kernels import ceiling
 
 
 @pytest.mark.parametrize(("shared", "ring"), [(232448, 5), (101376, 3), (49152, 1), (0, 1)])

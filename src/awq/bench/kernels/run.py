@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from awq.bench.kernels.shapes import Setting, Shape
+from awq.bench.kernels.weights import random_linear
 from awq.bench.results import DENSE, Ceiling, KernelBench, row_of
-from awq.bench.shapes import Setting, Shape
 from awq.bench.timing import measure
-from awq.bench.weights import random_linear
 from awq.config import KERNEL_VERSIONS
 from awq.errors import KernelNotSupportedError
 from awq.kernels import LinearSpec, select
@@ -21,8 +21,8 @@ from awq.linear import QuantLinear
 from awq.progress import Progress, track
 
 if TYPE_CHECKING:
-    from awq.bench.cold import Multiply
-    from awq.bench.peers import Peer
+    from awq.bench.kernels.cold import Multiply
+    from awq.bench.kernels.peers import Peer
     from awq.kernels.cuda.layout import Units
 
 __all__ = ["KernelBench", "Setting", "Shape", "bench_kernels", "bench_settings"]
@@ -116,7 +116,7 @@ def _bench_own(
     found: KernelBench,
     bar: Progress,
 ) -> None:
-    from awq.bench.cold import ColdLinear
+    from awq.bench.kernels.cold import ColdLinear
 
     linear = ColdLinear(setting, device, own, _has_pdl(device))
     for peer in peers:
@@ -179,7 +179,7 @@ def _spec(setting: Setting) -> LinearSpec:
 
 
 def _read_ceiling(device: torch.device) -> float:
-    from awq.bench.ceiling import read_ceiling
+    from awq.bench.kernels.ceiling import read_ceiling
 
     return read_ceiling(device)
 

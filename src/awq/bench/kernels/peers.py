@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from awq.bench.shapes import Setting
+from awq.bench.kernels.shapes import Setting
 from awq.errors import ConfigError
 from awq.packing import PackedInt4
 

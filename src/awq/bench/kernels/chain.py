@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from awq.bench.shapes import Shape
+from awq.bench.kernels.shapes import Shape
 
 Weight = TypeVar("Weight")
 # x float32 [rows, in_features] -> y float32 [rows, out_features]

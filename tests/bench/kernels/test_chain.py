@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.bench.chain import _LINKS, Chain, Fresh, relative_error, worst
-from awq.bench.shapes import Setting, Shape
-from awq.bench.weights import dense_weight, random_linear
+from awq.bench.kernels.chain import _LINKS, Chain, Fresh, relative_error, worst
+from awq.bench.kernels.shapes import Setting, Shape
+from awq.bench.kernels.weights import dense_weight, random_linear
 
 SHAPES = [Shape(64, 64), Shape(96, 64), Shape(64, 160)]
 

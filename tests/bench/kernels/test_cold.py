@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.bench import cold
-from awq.bench.cold import ColdLinear
+from awq.bench.kernels import cold
+from awq.bench.kernels.cold import ColdLinear
+from awq.bench.kernels.shapes import Setting, Shape
 from awq.bench.results import DENSE, PEER, KernelRow
-from awq.bench.shapes import Setting, Shape
 from awq.errors import KernelError
 from awq.kernels.cuda.layout import Units, units_to_dense
 from awq.packing import PackedInt4

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.bench.chain import Calls, Chain, Fresh, worst
-from awq.bench.peers import Peer, attempt
+from awq.bench.kernels.chain import Calls, Chain, Fresh, worst
+from awq.bench.kernels.peers import Peer, attempt
+from awq.bench.kernels.shapes import DTYPE_NAMES, Setting
+from awq.bench.kernels.weights import dense_weight, random_linear
 from awq.bench.results import DENSE, PEER, KernelRow, row_of
-from awq.bench.shapes import DTYPE_NAMES, Setting
 from awq.bench.timing import Replay, Timing, record, replay_seconds, time_in_turn
-from awq.bench.weights import dense_weight, random_linear
 from awq.kernels.cuda.layout import Units, to_units
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""`python -m awq.bench.first_use`: seconds that the first use of a model's linears costs this process beyond the next.
+"""`python -m awq.bench.kernels.first_use`: seconds that a process's first use of a model's linears costs.
 
 In a process of its own, since a kernel is compiled or loaded once in each; AWQ_CACHE says which compiled ones it finds.
 Prints one JSON object.
@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from awq.bench.shapes import Setting, find_shapes
-from awq.bench.weights import random_linear
+from awq.bench.kernels.shapes import Setting, find_shapes
+from awq.bench.kernels.weights import random_linear
 from awq.linear import QuantLinear
 
 _ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)

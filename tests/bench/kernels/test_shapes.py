@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from awq.bench.shapes import MODELS, SWEEP, Setting, Shape, default_shapes, find_shapes
+from awq.bench.kernels.shapes import MODELS, SWEEP, Setting, Shape, default_shapes, find_shapes
 from awq.errors import ConfigError
 
 SHAPE = Shape(64, 128)

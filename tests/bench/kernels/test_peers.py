@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.bench.peers import PEERS, Gemlite, Humming, Machete, Marlin, Peer, TorchInt4, attempt, find_peers
-from awq.bench.shapes import Setting, Shape
-from awq.bench.weights import random_linear
+from awq.bench.kernels.peers import PEERS, Gemlite, Humming, Machete, Marlin, Peer, TorchInt4, attempt, find_peers
+from awq.bench.kernels.shapes import Setting, Shape
+from awq.bench.kernels.weights import random_linear
 from awq.errors import ConfigError
 from awq.packing import GEMM_ORDER, PackedInt4, unpack_words
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from awq.bench.shapes import Setting, find_shapes
+from awq.bench.kernels.shapes import Setting, find_shapes
+from awq.bench.kernels.weights import random_linear
 from awq.bench.timing import wall_seconds
-from awq.bench.weights import random_linear
 from awq.errors import AwqError, KernelNotSupportedError
 from awq.linear import QuantLinear
 
@@ -146,7 +146,7 @@ def _cpu_us(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _first_use(cache: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "awq.bench.first_use"]
+    command = [sys.executable, "-m", "awq.bench.kernels.first_use"]
     options: dict[str, Any] = {"env": os.environ | {"AWQ_CACHE": cache}, "capture_output": True, "text": True}
     try:
         done = subprocess.run(command, timeout=_PATIENCE_S, check=True, **options)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.bench import ceiling, cold, kernels
-from awq.bench.kernels import bench_kernels, bench_settings
+from awq.bench.kernels import ceiling, cold, run
+from awq.bench.kernels.run import bench_kernels, bench_settings
+from awq.bench.kernels.shapes import Setting, Shape
 from awq.bench.results import DENSE
-from awq.bench.shapes import Setting, Shape
 from awq.errors import ConfigError, KernelNotSupportedError
 from awq.kernels.cuda.layout import Units, units_to_dense
 from awq.linear import QuantLinear
@@ -47,7 +47,7 @@ def test_a_version_that_does_not_run_is_left_out_with_its_reason(monkeypatch: py
             raise KernelNotSupportedError("too old")
         return prepare(self, version=version, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels.QuantLinear, "prepare", refuse)
+    monkeypatch.setattr(run.QuantLinear, "prepare", refuse)
     found = bench_kernels([SHAPE], CPU, rows=(1,), seconds=0, progress=False)
     assert found.refused == {"GEMM": "too old"}
     assert {r.version for r in found.rows} == {"GEMV", DENSE}
@@ -65,8 +65,8 @@ def test_own_kernels_are_measured_cold_between_two_ceilings(monkeypatch: pytest.
 
     ceilings = iter((4000.0, 4100.0))
     monkeypatch.setattr(ceiling, "read_ceiling", lambda device: next(ceilings))
-    monkeypatch.setattr(kernels, "own_kernels", own)
-    monkeypatch.setattr(kernels, "_has_pdl", lambda device: True)
+    monkeypatch.setattr(run, "own_kernels", own)
+    monkeypatch.setattr(run, "_has_pdl", lambda device: True)
     for name, value in {"_ROTATED_BYTES": 1, "_CALLS": 2, "_PAUSE_S": 0}.items():
         monkeypatch.setattr(cold, name, value)
     settings = [Setting(SHAPE, group, torch.float16) for group in (64, 32)]
@@ -81,7 +81,7 @@ def test_own_kernels_are_measured_cold_between_two_ceilings(monkeypatch: pytest.
 
 
 def test_no_own_kernel_where_there_is_no_gpu() -> None:
-    assert kernels.own_kernels(Setting(SHAPE, 64, torch.float16), CPU, ("GEMV",)) == ({}, {})
+    assert run.own_kernels(Setting(SHAPE, 64, torch.float16), CPU, ("GEMV",)) == ({}, {})
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awq.bench.shapes import Setting
+from awq.bench.kernels.shapes import Setting
 from awq.packing import Outliers, PackedInt4
 
 # Of code minus zero point: both uniform over 0..15; or symmetric, where code 0 is replaced by 8 so that the mean is 0.

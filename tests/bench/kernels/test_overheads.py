@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.bench import overheads
+from awq.bench.kernels import overheads
 from awq.errors import AwqError, KernelNotSupportedError
 
 CPU = torch.device("cpu")
