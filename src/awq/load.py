@@ -14,6 +14,7 @@ from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.errors import CheckpointError
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
+from awq.linears import as_linear
 from awq.names import from_stored, of_module
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
 
@@ -131,7 +132,7 @@ def _linear(model: nn.Module, name: str, checkpoint: Checkpoint, stored: str) ->
     """The linear that `stored` is the weight of; CheckpointError where config.json says otherwise."""
     shape = checkpoint.shape(stored)
     try:
-        module = model.get_submodule(name)
+        module = as_linear(model.get_submodule(name))
     except AttributeError:
         module = None
     if not isinstance(module, nn.Linear):

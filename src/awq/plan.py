@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from awq.algorithm.blocks import find_blocks
 from awq.config import QuantConfig
 from awq.errors import ConfigError
+from awq.linears import LinearShape, linear_shape
 
 DEFAULT_GROUP_SIZES = (128, 64, 32)
 # A linear that no format can hold stays float where it is this small, such as a shared expert's gate.
@@ -35,13 +37,13 @@ class Plan:
 def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan for `model`, which may be on the meta device; ConfigError where it cannot be quantized as asked."""
     blocks, _ = find_blocks(model)
-    wanted: dict[str, nn.Linear] = {}
+    wanted: dict[str, LinearShape] = {}
     not_converted: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            reason = _keep_float(name, module, blocks, config)
+        if shape := linear_shape(module):
+            reason = _keep_float(name, shape, blocks, config)
             if reason is None:
-                wanted[name] = module
+                wanted[name] = shape
             else:
                 not_converted[name] = reason
     if not wanted:
@@ -60,21 +62,21 @@ def _unmatched(model: nn.Module, config: QuantConfig) -> list[str]:
     ]
 
 
-def _keep_float(name: str, module: nn.Linear, blocks: str, config: QuantConfig) -> str | None:
+def _keep_float(name: str, shape: LinearShape, blocks: str, config: QuantConfig) -> str | None:
     if not name.startswith(blocks + "."):
         return "outside the blocks"
     if any(part in name for part in config.modules_to_not_convert):
         return "asked by modules_to_not_convert"
-    if module.out_features % 8 and module.weight.numel() < SMALL_LINEAR:
-        return f"out_features {module.out_features} is not a multiple of 8"
+    if shape.out_features % 8 and math.prod(shape) < SMALL_LINEAR:
+        return f"out_features {shape.out_features} is not a multiple of 8"
     return None
 
 
-def _resolve_group_size(linears: dict[str, nn.Linear], config: QuantConfig) -> tuple[QuantConfig, tuple[str, ...]]:
+def _resolve_group_size(linears: dict[str, LinearShape], config: QuantConfig) -> tuple[QuantConfig, tuple[str, ...]]:
     if config.group_size is not None:
         return config, ()
     default = DEFAULT_GROUP_SIZES[0]
-    misfit = next((name for name, module in linears.items() if module.in_features % default), None)
+    misfit = next((name for name, shape in linears.items() if shape.in_features % default), None)
     if misfit is None:
         return config.with_group_size(default), ()
     blame = f"{default} does not divide the {linears[misfit].in_features} inputs of {misfit}"
@@ -84,7 +86,7 @@ def _resolve_group_size(linears: dict[str, nn.Linear], config: QuantConfig) -> t
     return config.with_group_size(size), (f"Group size {size}: {blame}.",)
 
 
-def _check_shapes(linears: dict[str, nn.Linear], config: QuantConfig) -> None:
+def _check_shapes(linears: dict[str, LinearShape], config: QuantConfig) -> None:
     size = config.group_size or -1
     for name in _misfits(linears, size):
         fitting = [s for s in (*DEFAULT_GROUP_SIZES, 16) if not _misfits(linears, s)]
@@ -92,13 +94,13 @@ def _check_shapes(linears: dict[str, nn.Linear], config: QuantConfig) -> None:
             f"group size {size} does not divide the {linears[name].in_features} inputs of {name}: "
             f"use {', '.join(map(str, fitting))}{' or ' if fitting else ''}-1 (one group a row)."
         )
-    for name, module in linears.items():
-        if module.out_features % 8:
+    for name, shape in linears.items():
+        if shape.out_features % 8:
             raise ConfigError(
-                f"{name} has {module.out_features} outputs, which words of eight 4-bit codes cannot hold: "
+                f"{name} has {shape.out_features} outputs, which words of eight 4-bit codes cannot hold: "
                 "list it in modules_to_not_convert."
             )
 
 
-def _misfits(linears: dict[str, nn.Linear], size: int) -> list[str]:
-    return [name for name, module in linears.items() if size != -1 and module.in_features % size]
+def _misfits(linears: dict[str, LinearShape], size: int) -> list[str]:
+    return [name for name, shape in linears.items() if size != -1 and shape.in_features % size]

@@ -24,6 +24,7 @@ from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.errors import CalibrationError, ConfigError
 from awq.linear import QuantLinear
+from awq.linears import as_linear
 from awq.names import of_module, to_stored
 from awq.plan import Plan, make_plan
 from awq.progress import track
@@ -60,6 +61,8 @@ def quantize_model(
         warnings.warn(note, stacklevel=2)
     linears: dict[str, Any] = {}
     wanted = frozenset(planned.linears)
+    for linear in wanted:
+        replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
     solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, pick_device(device))
     with track("Quantizing", blocks, enabled=progress) as bar:

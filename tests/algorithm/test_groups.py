@@ -65,7 +65,7 @@ def test_llama_groups() -> None:
     with torch.no_grad():
         chunk = enter_model(model, blocks, random_tokens(1, 32), torch.device("cpu"))[0]
         for index, block in enumerate(blocks):
-            structure = find_structure(block, lambda b=block, i=index: chunk.calls[i].run(b, chunk.hidden), (16,))
+            structure = find_structure(block, lambda b=block, i=index: chunk.calls[i].run(b, chunk.hidden))
             assert structure.groups == (
                 ScaleGroup("input_layernorm", "norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
                 ScaleGroup("self_attn.v_proj", "linear", ("self_attn.o_proj",), 0, 2, 16),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,6 +20,7 @@ from awq.algorithm.refit import refit_scales
 from awq.algorithm.scale import search_scale
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
+from awq.linears import linear_shape
 from awq.packing import Outliers, PackedInt4, pack
 
 PROBE_TOKENS = 32
@@ -69,13 +71,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of blocks that holds most of the model's linear weights, and its name."""
 
     def weights(blocks: nn.ModuleList) -> int:
-        return sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear))
+        return sum(math.prod(linear_shape(module) or (0,)) for module in blocks.modules())
 
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = max(lists, key=lambda item: weights(item[1]), default=None)
     if found is None or not weights(found[1]):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of blocks with nn.Linear layers, so there is nothing to quantize."
+            f"{type(model).__name__} has no list of blocks with linear layers, so there is nothing to quantize."
         )
     return found
 
@@ -112,7 +114,7 @@ def _look(block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk) -> tu
     """The block's structure, and its inputs' statistics; the chunks move on to its output."""
     probe.hidden = chunks[0].hidden[:1, : probe.hidden.shape[1]].clone()
     with fast_matmul(enabled=False):
-        structure = find_structure(block, lambda: probe.calls[index].run(block, probe.hidden), _head_dims(block))
+        structure = find_structure(block, lambda: probe.calls[index].run(block, probe.hidden))
     with fast_matmul():
         return structure, capture(block, index, chunks, structure.input_sets)
 
@@ -157,7 +159,7 @@ def _scale_group(
     for consumer in consumers:
         consumer.stats, consumer.scaled_by = stats, group.producer
     if group.producer in linears:
-        linears[group.producer].row_scale[group.first_row :] *= scale
+        group.rows(linears[group.producer].row_scale).mul_(scale.view(group.parts, -1))
 
 
 def _round(linears: dict[str, _Linear], config: QuantConfig) -> dict[str, QuantizedLinear]:
@@ -221,8 +223,3 @@ def _fallback(linear: _Linear) -> str | None:
 def _plain(weight: Tensor, config: QuantConfig) -> Tensor:
     """`weight` after plain rounding."""
     return fit_affine(weight, config.group_size or -1, config.bits, config.zero_point).round(weight)
-
-
-def _head_dims(block: nn.Module) -> tuple[int, ...]:
-    sizes = (getattr(module, "head_dim", None) for module in block.modules())
-    return tuple({size for size in sizes if isinstance(size, int)})

@@ -26,9 +26,10 @@ Run = Callable[[], Tensor]
 class ScaleGroup:
     """A producer and the consumers that its scale can be folded into; names are relative to the block.
 
-    kind "norm" multiplies by its weight, "norm_plus_one" by 1 + weight, "linear" is a matrix product, of which
-    the rows from `first_row` on feed the consumers. With grouped-query attention each of the producer's heads of
-    `head_dim` channels is read `repeats` times.
+    kind "norm" multiplies by its weight, "norm_plus_one" by 1 + weight, "linear" is a matrix product. Of a fused one
+    only some rows feed the consumers: its rows come in `parts` equal parts (one for q, k and v in a row; one a head
+    where each head's lie together), of each of which those from `first_row` on. With grouped-query attention each of
+    the producer's heads of `head_dim` channels is read `repeats` times.
     """
 
     producer: str
@@ -37,6 +38,11 @@ class ScaleGroup:
     first_row: int = 0
     repeats: int = 1
     head_dim: int = 1
+    parts: int = 1
+
+    def rows(self, values: Tensor) -> Tensor:
+        """What of `values` [producer rows, ...] feeds the consumers, as a view [parts, channels / parts, ...]."""
+        return values.unflatten(0, (self.parts, -1))[:, self.first_row :]
 
     def expand(self, scale: Tensor) -> Tensor:
         """Producer channels [n] -> consumer channels [n * repeats]."""
@@ -55,12 +61,10 @@ class Structure:
     groups: tuple[ScaleGroup, ...]
 
 
-def find_structure(block: nn.Module, run: Run, head_dims: tuple[int, ...] = ()) -> Structure:
-    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold.
-
-    `head_dims` are the sizes of an attention head worth trying for grouped-query attention.
-    """
+def find_structure(block: nn.Module, run: Run) -> Structure:
+    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold."""
     trace = _trace(block, run)
+    head_dims = _head_dims(block)
     input_sets = trace.input_sets()
     groups = []
     for consumers in input_sets:
@@ -81,9 +85,10 @@ def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torc
     producer = block.get_submodule(group.producer)
     weight, bias = _weight(producer), getattr(producer, "bias", None)
     if group.kind == "linear":
-        weight[group.first_row :] /= scale.unsqueeze(1)
+        by_part = scale.view(group.parts, -1)
+        group.rows(weight).div_(by_part.unsqueeze(2))
         if bias is not None:
-            bias.data[group.first_row :] /= scale
+            group.rows(bias.data).div_(by_part)
     else:
         scale = _divide_norm(weight, scale, 1.0 if group.kind == "norm_plus_one" else 0.0, storage_dtype)
         if bias is not None:
@@ -137,14 +142,25 @@ class _Trace(list[_Call]):
 def _linear_candidates(
     name: str, rows: int, width: int, consumers: tuple[str, ...], head_dims: tuple[int, ...]
 ) -> Iterator[ScaleGroup]:
-    """The whole linear, its last rows (fused gate_up, fused qkv), or heads that several queries share."""
+    """The whole linear, its last rows (fused gate_up or qkv), the last of each head's, heads that queries share."""
     fused_values = (rows - width) // 2
     for used in dict.fromkeys((width, rows, fused_values)):
         if not 0 < used <= rows or width % used:
             continue
-        for head_dim in (1,) if used == width else head_dims:
-            if used % head_dim == 0:
-                yield ScaleGroup(name, "linear", consumers, rows - used, width // used, head_dim)
+        sizes = [size for size in head_dims if used % size == 0]
+        for head_dim in (1,) if used == width else sizes:
+            yield ScaleGroup(name, "linear", consumers, rows - used, width // used, head_dim)
+        for head_dim in sizes if used < rows else ():
+            parts = used // head_dim
+            if parts > 1 and rows % parts == 0:
+                first_row = rows // parts - head_dim
+                yield ScaleGroup(name, "linear", consumers, first_row, width // used, head_dim, parts)
+
+
+def _head_dims(block: nn.Module) -> tuple[int, ...]:
+    """What may be the size of an attention head: every number that a module keeps under a name with "head" in it."""
+    attributes = [item for module in block.modules() for item in vars(module).items()]
+    return tuple(dict.fromkeys(size for name, size in attributes if "head" in name and type(size) is int and size > 1))
 
 
 def _trace(block: nn.Module, run: Run) -> _Trace:
@@ -188,7 +204,8 @@ def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]
 def _fold_holds(block: nn.Module, group: ScaleGroup, run: Run, baseline: list[Tensor]) -> bool:
     weight = _weight(block.get_submodule(group.producer))
     generator = torch.Generator().manual_seed(0)
-    scale = torch.rand(weight.shape[0] - group.first_row, generator=generator).mul(2).sub(1).exp().to(weight.device)
+    channels = group.rows(weight).shape[:2].numel()
+    scale = torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
     with _restored(block, group):
         fold(block, group, scale)
         folded = _outputs(block, group.consumers, run)

@@ -53,6 +53,8 @@ def to_units(packed: PackedInt4, outliers: Outliers | None, device: torch.device
         raise ValueError(f"groups of {packed.group_size} have no units")
     codes, affine = (_repack if packed.qweight.is_cuda else _repack_by_torch)(packed, group)
     kept, index = _fragments(outliers.to(device), packed.out_features) if outliers is not None else (None, None)
+    if codes.is_cuda:  # a kernel asks for its weights before the one ahead of it has ended
+        torch.cuda.current_stream(codes.device).synchronize()
     return Units(codes, affine, kept, index, packed.in_features, packed.out_features, group)
 
 

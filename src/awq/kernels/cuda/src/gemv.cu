@@ -41,7 +41,7 @@ constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
 constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
 constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
-constexpr int SLOTS = 4;                       // tiles whose sums wait for the output warp, at most
+constexpr int SLOTS = 4;                           // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
 constexpr int MAX_STAGES = 16;
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
@@ -149,7 +149,11 @@ DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
     sum += __shfl_xor_sync(~0u, sum, o);
   }
   if (!there) return;
+#if AWQ_BF16  // the fast division gives 0 beyond 2^126, where bfloat16 still has numbers
+  float scale = most > 1e-30f ? FIXED_MAX / most : 0.f;
+#else
   float scale = most > 1e-30f ? __fdividef(FIXED_MAX, most) : 0.f;
+#endif
   // NaN and infinity are in the sum, whichever the largest is: they make the whole row's result NaN.
   float unit = fabsf(sum) < __int_as_float(0x7f800000) ? most * (1.f / (FIXED_MAX * 16.f)) : __int_as_float(0x7fffffff);
   u32 x[8];
@@ -169,15 +173,15 @@ DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
   if ((part & (GROUP / 8 - 1)) == 0) store_shared8(s.table + part / (GROUP / 8) * 8, unit, sum * (1.f / 65536.f));
 }
 
-// x reaches shared memory in chunks of 8 k a math thread: as much as one stage of the ring multiplies. The math of the
-// first stage starts when its chunk is there: of 28672 channels, all at once took 2 us in which nothing was read.
 // Whether the units of every tile fall to the math warps alike, so that each keeps its part of x in registers.
 DEVICE bool keeps(const Params& p) {
   return AWQ_RING && (GROUP == 128 || (ONE && GROUP == 64)) && (p.units == WARPS || (ONE && p.units == 2 * WARPS));
 }
+// Chunks of x, of 8 k a math thread: what one stage of the ring multiplies.
 DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 
-// One row: loads, planes, stores. Several chunks are asked for at a time, or each would wait for the second-level cache.
+// One row: loads, planes, stores. Four chunks at a time: one after the other each would wait for the second-level cache,
+// and all of 28672 channels at once took 2 us in which the math stood still.
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
   int k = 16 * (part >> 1) + 4 * (part & 1);
@@ -630,7 +634,7 @@ struct Copier {
 };
 #endif
 
-// By one thread: the fence after it costs a block of 32 lanes that execute it 1.2 us.
+// The signals among warps, by one thread.
 DEVICE void set_up_signals(const Params& p, const Layout& s) {
   for (int i = 0; i < p.stages; i++) signal_init(empty_stage(s, i), WARPS);
   for (int i = 0; i < p.slots; i++) {
@@ -650,8 +654,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
       for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1, false);
       if (copies_rows(p))
         for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1, false);
-      fence_for_copies();
-      copier.fill(p, s);  // before anything else
+      fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
+      copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
     }
     __syncthreads();
