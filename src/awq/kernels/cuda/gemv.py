@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
     warps: that multiply; a stage is a unit for each
     stages: of the ring, 0 where there is none
-    in_flight: half stages requested at a time, 0 for no limit
+    in_flight: stages requested and not arrived at most
     slots: tiles whose sums wait to be added up
     shared: bytes of shared memory of a block
     """
@@ -108,9 +108,9 @@ def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan 
         shared = _shared(shape, rows, 8, 0, _MAX_SLOTS)
         return Plan(8, 0, 0, _MAX_SLOTS, shared) if shared <= available else None
     units = _busiest(shape, sms) * shape.units
-    if units <= _FEW_UNITS and (chosen := _fit(shape, rows, 8, range(5, 3, -1), 6, available // 2 - _RESERVED)):
+    if units <= _FEW_UNITS and (chosen := _fit(shape, rows, 8, range(5, 3, -1), 3, available // 2 - _RESERVED)):
         return chosen
-    chosen = _fit(shape, rows, 16, range(5 if shape.units <= 16 else 4, 1, -1), 4, available)
+    chosen = _fit(shape, rows, 16, range(5 if shape.units <= 16 else 4, 1, -1), 2, available)
     # More than half, so that one block runs on each multiprocessor.
     return chosen and chosen._replace(shared=max(chosen.shared, available // 2 + _RESERVED))
 
@@ -121,7 +121,7 @@ def _fit(shape: Shape, rows: int, warps: int, stages: range, in_flight: int, mos
     for each, slots in itertools.product(stages, (_MAX_SLOTS, fewer_slots)):
         shared = _shared(shape, rows, warps, each, slots)
         if shared <= most:
-            return Plan(warps, each, min(in_flight, 2 * each), slots, shared)
+            return Plan(warps, each, min(in_flight, each), slots, shared)
     return None
 
 
