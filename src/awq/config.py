@@ -19,6 +19,7 @@ VERSION_ALIASES = {
     "gemvfast": "GEMV",
     "marlin": "GEMM",
 }
+EFFORTS = ("fast", "balanced")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _METHODS = ("awq", "llm-awq")
 
@@ -44,6 +45,7 @@ class QuantConfig:
     outlier_ratio: share of the input channels of each linear kept in fp16, 0 to 0.05; 0 is off
     scale, clip:   search activation-aware scales; search clipped ranges
     refit:         refit the group scales to the chosen codes by least squares
+    effort:        "fast" rounds plainly; "balanced" rounds with compensation, behind what is already quantized
     """
 
     bits: int = 4
@@ -55,6 +57,7 @@ class QuantConfig:
     scale: bool = True
     clip: bool = True
     refit: bool = True
+    effort: str = "fast"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -65,6 +68,8 @@ class QuantConfig:
             raise ConfigError(
                 f"outlier_ratio={self.outlier_ratio!r} is out of range: use 0 (off) to {MAX_OUTLIER_RATIO}."
             )
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"effort={self.effort!r} is not known: use {' or '.join(EFFORTS)}.")
         canonical_version(self.version)
         object.__setattr__(self, "modules_to_not_convert", _name_list(self.modules_to_not_convert))
 
@@ -102,6 +107,7 @@ class QuantConfig:
             "scale": self.scale,
             "clip": self.clip,
             "refit": self.refit,
+            "effort": self.effort,
         }
 
     def with_group_size(self, group_size: int) -> Self:

@@ -261,7 +261,8 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
     dtype, rename = storage_dtype(model), to_stored(model)
     seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
+    tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
+    for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
         key = (tensor.data_ptr(), tensor.shape)
         if name.startswith(quantized) or key in seen:
             continue

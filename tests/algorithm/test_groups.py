@@ -52,6 +52,23 @@ class ShiftedNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
 
 
+class Interleaved(nn.Module):
+    """Attention with a fused qkv whose rows lie by key head: its queries, then its key, then its value."""
+
+    def __init__(self, width: int = 16, heads: int = 4, key_heads: int = 2) -> None:
+        super().__init__()
+        self.head_size, self.key_heads, self.repeats = width // heads, key_heads, heads // key_heads
+        self.qkv = nn.Linear(width, (heads + 2 * key_heads) * self.head_size)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.qkv(x).unflatten(-1, (self.key_heads, self.repeats + 2, self.head_size)).movedim(1, 3)
+        key, value = slots[:, :, -2:-1], slots[:, :, -1:]
+        heads = nn.functional.scaled_dot_product_attention(slots[:, :, :-2], key, value)
+        result: Tensor = x + self.out(heads.movedim(3, 1).flatten(2))
+        return result
+
+
 def structure_of(block: nn.Module, width: int = 16) -> Any:
     x = torch.randn(1, 12, width)
     with torch.no_grad():
@@ -90,6 +107,22 @@ def test_shifted_norm_and_fused_gate_up() -> None:
         ScaleGroup("norm", "norm_plus_one", ("gate_up",)),
         ScaleGroup("gate_up", "linear", ("down",), first_row=32),
     )
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_values_that_lie_among_queries_and_keys(key_heads: int) -> None:
+    rows_before = (4 // key_heads + 1) * 4
+    assert structure_of(Interleaved(key_heads=key_heads)).groups == (
+        ScaleGroup("qkv", "linear", ("out",), rows_before, 4 // key_heads, 4, key_heads),
+    )
+
+
+def test_rows_are_a_view_of_every_part() -> None:
+    group = ScaleGroup("qkv", "linear", ("out",), first_row=2, parts=2)
+    values = torch.arange(6.0)
+    assert group.rows(values).tolist() == [[2.0], [5.0]]
+    group.rows(values).zero_()
+    assert values.tolist() == [0, 1, 0, 3, 4, 0]
 
 
 def test_the_probe_leaves_the_weights_as_they_were() -> None:

@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from awq.errors import UnsupportedModelError
+
 # The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
 CHUNK_TOKENS = 2048
 
@@ -58,21 +60,31 @@ class Call:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         output = block(hidden, *self.args, **self.kwargs)
-        result = output[0] if isinstance(output, tuple) else output
-        assert isinstance(result, Tensor)
+        result = output[0] if isinstance(output, tuple | list) else output
+        if not isinstance(result, Tensor):
+            raise UnsupportedModelError(
+                f"{type(block).__name__} returns {type(result).__name__} where its hidden states are looked for: "
+                "models are quantized block by block, each from the one before."
+            )
         return result
 
 
 @dataclass
 class Chunk:
-    """A few sequences on their way through the model: hidden states [sequences, tokens, width], each block's call."""
+    """A few sequences on their way through the model: hidden states [sequences, tokens, width], each block's call.
+
+    quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
+    held_out:  not fitted to, only judged by
+    """
 
     hidden: Tensor
     calls: list[Call] = field(default_factory=list)
+    quantized: Tensor | None = None
+    held_out: bool = False
 
 
-class _Stop(BaseException):
-    """Ends a forward once the last block has been reached; no `except Exception` on the way may catch it."""
+class Stop(BaseException):
+    """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
 def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
@@ -81,11 +93,11 @@ def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device:
     Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
     """
     per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    returns_tuple = _returns_tuple(model, blocks, tokens[:1, :8])
-    return [_enter(model, blocks, part, returns_tuple, device) for part in torch.split(tokens, per_chunk)]
+    outputs = _count_outputs(model, blocks, tokens[:1, :8])
+    return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
 
 
-def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns_tuple: bool, device: torch.device) -> Chunk:
+def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
     inputs: list[Tensor] = []
     calls: list[Call] = []
     moved: dict[int, tuple[Tensor, Tensor]] = {}  # what blocks share, such as masks and rotary tables, is moved once
@@ -95,20 +107,21 @@ def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns_tupl
         inputs.append(hidden)
         calls.append(Call(_moved(tuple(rest), device, moved), _moved(kwargs, device, moved)))
         if len(calls) == len(blocks):
-            raise _Stop
-        return (hidden, None) if returns_tuple else hidden
+            raise Stop
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
 
     with _replaced_forward(list(blocks), pass_through):
         _forward(model, tokens)
     return Chunk(_moved(inputs[0], device, moved), calls)
 
 
-def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> bool:
-    seen: list[bool] = []
+def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> int:
+    """How many values a block returns, 0 for a bare tensor."""
+    seen: list[int] = []
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(isinstance(output, tuple))
-        raise _Stop
+        seen.append(len(output) if isinstance(output, tuple | list) else 0)
+        raise Stop
 
     handle = blocks[0].register_forward_hook(look)
     try:
@@ -120,7 +133,7 @@ def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> b
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
     device = next(model.parameters()).device
-    with suppress(_Stop):
+    with suppress(Stop):
         model(input_ids=tokens.to(device), use_cache=False)
 
 

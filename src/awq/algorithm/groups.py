@@ -42,7 +42,8 @@ class ScaleGroup:
 
     def rows(self, values: Tensor) -> Tensor:
         """What of `values` [producer rows, ...] feeds the consumers, as a view [parts, channels / parts, ...]."""
-        return values.unflatten(0, (self.parts, -1))[:, self.first_row :]
+        parts: Tensor = values.unflatten(0, (self.parts, -1))
+        return parts[:, self.first_row :]
 
     def expand(self, scale: Tensor) -> Tensor:
         """Producer channels [n] -> consumer channels [n * repeats]."""

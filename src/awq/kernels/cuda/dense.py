@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.kernels.cuda.layout import SOURCES, Units
+from awq.kernels.cuda.layout import SOURCES, Units, gpu
 
 # struct Params of dequantize.cu: five pointers; out_features, in_features, units, kept_steps.
 _PARAMS = struct.Struct("<5Q4i")
@@ -19,12 +19,13 @@ _THREADS = 128
 
 def multiply(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
     """out = x W^T + x[:, kept] R + bias on the current stream, with what `gemm` asks of its arguments."""
+    y = out.view(len(x), -1)  # torch would give an `out` of more dimensions another shape
     with torch.no_grad():
         weight = dequantize(units, x.dtype).t()
         if bias is None:
-            torch.mm(x, weight, out=out)
+            torch.mm(x, weight, out=y)
         else:
-            torch.addmm(bias, x, weight, out=out)
+            torch.addmm(bias, x, weight, out=y)
 
 
 def dequantize(units: Units, dtype: torch.dtype) -> Tensor:
@@ -44,6 +45,6 @@ def dequantize(units: Units, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(1024)
 def _launcher(device: int, blocks: int, group: int, bf16: bool) -> Any:
-    arch = jit.arch_of(torch.cuda.get_device_capability(device))
-    kernel = jit.kernel(SOURCES / "dequantize.cu", "dequantize", arch, {"GROUP": group, "AWQ_BF16": int(bf16)})
+    defines = {"GROUP": group, "AWQ_BF16": int(bf16)}
+    kernel = jit.kernel(SOURCES / "dequantize.cu", "dequantize", gpu(device).arch, defines)
     return kernel.launcher(blocks, _THREADS, 0, _PARAMS.size)

@@ -15,9 +15,9 @@ from torch import Tensor
 from awq import jit
 from awq.kernels.cuda import dense
 from awq.kernels.cuda.designs import copy_policy, dequantizes, shared_limit
-from awq.kernels.cuda.layout import SOURCES, STEP, TILE_ROWS, UNIT_BYTES, UNIT_K, Units
-from awq.kernels.cuda.schedule import Plan, Shape, plan, share_out
-from awq.kernels.cuda.workspace import workspace
+from awq.kernels.cuda.layout import SOURCES, STEP, TILE_ROWS, UNIT_BYTES, UNIT_K, Shape, Units, gpu
+from awq.kernels.cuda.schedule import Plan, plan, share_out
+from awq.kernels.cuda.workspace import NOWHERE, workspace
 
 # struct Params of gemm_common.cuh: five tensor maps of 128 bytes; then pointers to codes, affine, kept, index: what
 # belongs to the weight. x, y, bias, partial sums, flags, x_stride. rows, in_features, out_features and the plan.
@@ -62,7 +62,7 @@ def gemm(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
         return dense.multiply(x, units, bias, out)
     stream = torch._C._cuda_getCurrentRawStream(device)
     gathered = None if gather is None else _gather(gather, x, index, stream)
-    partial, flags = workspace(device, stream, split) if split else (0, 0)
+    place = workspace(device, stream, split) if split else NOWHERE
     x_at, out_at, bias_at = x.data_ptr(), out.data_ptr(), 0 if bias is None else bias.data_ptr()
     kept_at, index_at = (0, 0) if kept is None or index is None else (kept.data_ptr(), index.data_ptr())
     with launcher.lock:
@@ -77,7 +77,7 @@ def gemm(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
         if gathered is not None:
             columns = gathered.shape[1]
             params[_GATHERED:_WEIGHT] = _rows_map(gathered.data_ptr(), bf16, rows, columns, columns, box)
-        _CHANGING.pack_into(params, _CHANGING_AT, x_at, out_at, bias_at, partial, flags, stride)
+        _CHANGING.pack_into(params, _CHANGING_AT, x_at, out_at, bias_at, place.partial, place.flags, stride)
         launcher(stream)
     return None
 
@@ -97,7 +97,7 @@ def _gather(launcher: Any, x: Tensor, index: Tensor | None, stream: int) -> Tens
 @lru_cache(4096)
 def _launch(device: int, sizes: tuple[int, int, int, int, bool], rows: int, programmatic: bool) -> _Launch:
     """The launch of `rows` rows of a weight of a `Shape`, with every parameter that does not change in place."""
-    shape, (arch, sms) = Shape(*sizes), _gpu(device)
+    shape, (arch, sms, _) = Shape(*sizes), gpu(device)
     if dequantizes(rows, arch):
         return _Launch()
     pdl = programmatic and copy_policy(arch) == 2
@@ -146,15 +146,9 @@ def _weight(at: tuple[int, int, int, int], sizes: tuple[int, int, int, int, bool
     maps = bytes(_MAPS_BYTES)
     if slices:
         shape = Shape(*sizes)
-        tiles, units = -(-shape.out_features // TILE_ROWS), -(-shape.in_features // UNIT_K)
+        tiles, units = shape.tiles, shape.units
         record, stride = 40 * UNIT_K // shape.group, units * UNIT_BYTES
         maps = jit.tensor_map(at[0], "uint64", (stride // 8, tiles), (stride,), (64 * slices, box_tiles), 0, 256)
         records = (units * record // 8, tiles), (units * record,), (record // 8, box_tiles)
         maps += jit.tensor_map(at[1], "uint64", *records, 0, 128)
     return maps + _POINTERS.pack(*at)
-
-
-@lru_cache
-def _gpu(device: int) -> tuple[str, int]:
-    arch = jit.arch_of(torch.cuda.get_device_capability(device))
-    return str(arch), int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.kernels.cuda.layout import GROUPS, SOURCES, TILE_ROWS, UNIT_BYTES, UNIT_K, Units
+from awq.kernels.cuda.layout import GROUPS, SOURCES, UNIT_BYTES, UNIT_K, Shape, Units, gpu
 
 MAX_ROWS = 8
 SOURCE = SOURCES / "gemv.cu"
@@ -29,24 +29,6 @@ _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 # A block that reads no more than so many units shares its multiprocessor with the next kernel's, which then has all its
 # weights when x arrives: 4096 x 4096 in 3.1 us instead of 3.7. Larger ones need the whole memory for their ring.
 _FEW_UNITS = 40
-
-
-class Shape(NamedTuple):
-    """What a launch is made for; two weights of one shape share it."""
-
-    in_features: int
-    out_features: int
-    group: int
-    kept_steps: int
-    bf16: bool
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.out_features // TILE_ROWS)
-
-    @property
-    def units(self) -> int:
-        return -(-self.in_features // UNIT_K)
 
 
 class Plan(NamedTuple):
@@ -96,8 +78,8 @@ def gemv(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
 
 def max_rows(shape: Shape, device: int) -> int:
     """How many rows one launch takes: they must lie in shared memory beside the ring. 0: not even one."""
-    available, sms = _shared_memory(device), _multiprocessors(device)
-    ring = has_ring(_arch(device))
+    arch, sms, available = gpu(device)
+    ring = has_ring(arch)
     fits = (rows for rows in range(MAX_ROWS, 0, -1) if plan(shape, rows, sms, available, ring) is not None)
     return next(fits, 0)
 
@@ -143,9 +125,9 @@ def _defines(group: int, bf16: bool, rows: int, warps: int, arch: str) -> dict[s
 @lru_cache(4096)
 def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     """The launch of `rows` rows, with every parameter that does not change already in place."""
-    arch, sms = _arch(device), _multiprocessors(device)
+    arch, sms, available = gpu(device)
     ring = has_ring(arch)
-    chosen = plan(shape, rows, sms, _shared_memory(device), ring)
+    chosen = plan(shape, rows, sms, available, ring)
     if chosen is None:
         raise ValueError(f"{rows} rows of {shape.in_features} channels do not fit into shared memory: see max_rows")
     kernel = jit.kernel(SOURCE, "gemv", arch, _defines(shape.group, shape.bf16, rows, chosen.warps, arch))
@@ -177,19 +159,3 @@ def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int) -> int
 def has_ring(arch: str) -> bool:
     """Bulk copies, and the shared memory for a ring: sm_90 and sm_100; sm_120 has the copies but 99 KB."""
     return arch.startswith(("sm_90", "sm_10"))
-
-
-@lru_cache
-def _arch(device: int) -> str:
-    return str(jit.arch_of(torch.cuda.get_device_capability(device)))
-
-
-@lru_cache
-def _shared_memory(device: int) -> int:
-    facts: Any = torch.cuda.get_device_properties(device)
-    return int(facts.shared_memory_per_block_optin)
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

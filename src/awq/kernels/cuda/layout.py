@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,40 @@ class Units(NamedTuple):
     in_features: int
     out_features: int
     group: int
+
+
+class Shape(NamedTuple):
+    """What a launch is made for; two weights of one shape share it."""
+
+    in_features: int
+    out_features: int
+    group: int
+    kept_steps: int
+    bf16: bool
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.out_features // TILE_ROWS)
+
+    @property
+    def units(self) -> int:
+        return -(-self.in_features // UNIT_K)
+
+
+class Gpu(NamedTuple):
+    """What a launch depends on beside its shape. shared_memory: bytes that a block may have."""
+
+    arch: str
+    multiprocessors: int
+    shared_memory: int
+
+
+@lru_cache
+def gpu(device: int) -> Gpu:
+    facts: Any = torch.cuda.get_device_properties(device)
+    return Gpu(
+        jit.arch_of((facts.major, facts.minor)), facts.multi_processor_count, facts.shared_memory_per_block_optin
+    )
 
 
 def effective_group(group_size: int, in_features: int) -> int | None:
@@ -80,8 +115,7 @@ def _repack(packed: PackedInt4, group: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(tiles, units, UNIT_BYTES, dtype=torch.uint8, device=device)
     affine = torch.empty(tiles, units, 40 * UNIT_K // group, dtype=torch.uint8, device=device)
     with torch.cuda.device(device):
-        arch = jit.arch_of(torch.cuda.get_device_capability(device))
-        kernel = jit.kernel(SOURCES / "repack.cu", "repack", arch, {"GROUP": group})
+        kernel = jit.kernel(SOURCES / "repack.cu", "repack", gpu(codes.get_device()).arch, {"GROUP": group})
         launcher = kernel.launcher(-(-tiles // _TILES) * units, _THREADS, 0, _PARAMS.size)
         inputs = (packed.qweight.contiguous(), packed.qzeros.contiguous(), packed.scales.contiguous())
         pointers = (tensor.data_ptr() for tensor in (*inputs, codes, affine))

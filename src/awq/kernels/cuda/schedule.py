@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from awq.kernels.cuda.designs import Design, designs, shared_limit
-
-
-class Shape(NamedTuple):
-    """What a plan depends on, beside the rows and the GPU."""
-
-    in_features: int
-    out_features: int
-    group: int
-    kept_steps: int
-    bf16: bool
+from awq.kernels.cuda.layout import Shape
 
 
 @dataclass(frozen=True)

@@ -1,64 +1,80 @@
 """Where the GEMM kernels hand over parts of split tiles: sums and flags in GPU memory, one place a stream.
 
-A kernel returns its flags to 0, so the place is cleared only once. Kernels of one stream follow one another; two
-streams must not share a place, and neither must a CUDA graph with anything outside of it, since it may be replayed in
-any stream. What a capture asks for is part of its graph: memory of the graph's pool, cleared at every replay.
+A kernel returns its flags to 0, so a place is cleared only once. Kernels of one stream follow one another; two streams
+must not share a place, and neither must a CUDA graph with anything outside of it, since it may be replayed in any
+stream. A captured call therefore gets a place of its own, cleared at every replay: memory of the graph's pool, which
+goes back to it with the call. The order of the graph keeps its next user off it until then, and so it dies with it.
 """
 
 from __future__ import annotations
 
-import ctypes
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from awq.jit.driver import driver
-
 FLAG_BYTES = 64 * 1024
 _KEPT = 64  # places, the oldest dropped: their memory goes back to its stream
 
 
-class _Place(NamedTuple):
-    memory: Tensor
+class Place(NamedTuple):
+    """Hold it until the kernel is enqueued: its memory then goes back in the order of the stream.
+
+    size: bytes of partial sums; partial, flags: addresses
+    """
+
+    memory: Tensor | None
     size: int
     partial: int
     flags: int
 
 
-_places: dict[tuple[int, int, int], _Place] = {}
+NOWHERE = Place(None, 0, 0, 0)
+_places: dict[tuple[int, int], Place] = {}
+_lock = threading.Lock()
 
 
-def workspace(device: int, stream: int, size: int) -> tuple[int, int]:
-    """Addresses of `size` bytes of partial sums and of their flags, for the current stream."""
-    key = (device, stream, _capture(stream))
-    place = _places.get(key)
-    if place is None or place.size < size:
-        place = _places[key] = _cleared(device, size)
+def workspace(device: int, stream: int, size: int) -> Place:
+    """`size` bytes of partial sums and their flags, for the current stream."""
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return _cleared(device, size)
+    place = _places.get((device, stream))
+    return place if place is not None and place.size >= size else _grown(device, stream, size)
+
+
+def _grown(device: int, stream: int, size: int) -> Place:
+    with _lock:
+        place = _places.pop((device, stream), NOWHERE)
+        if place.size < size:  # else another thread was faster
+            place = _apart(device, stream, size)
+        _places[device, stream] = place
         while len(_places) > _KEPT:
-            _places.pop(next(iter(_places)), None)
-    return place.partial, place.flags
+            del _places[next(iter(_places))]
+        return place
 
 
-def _cleared(device: int, size: int) -> _Place:
+def _apart(device: int, stream: int, size: int) -> Place:
+    """Allocated by a thread of its own, since torch may be filling a pool of graphs from this one.
+
+    torch.compile(mode="reduce-overhead") does when it warms up, and takes what outlives the call for a leak.
+    """
+
+    def allocate() -> Place:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream, device=_device(device))):
+            return _cleared(device, size)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(allocate).result()
+
+
+def _cleared(device: int, size: int) -> Place:
     memory = torch.empty(FLAG_BYTES + size, dtype=torch.uint8, device=_device(device))
     memory[:FLAG_BYTES].zero_()
     flags = memory.data_ptr()
-    return _Place(memory, size, flags + FLAG_BYTES, flags)
+    return Place(memory, size, flags + FLAG_BYTES, flags)
 
 
 def _device(index: int) -> torch.device:
     return torch.device("cuda", index)
-
-
-def _capture(stream: int) -> int:
-    """The number of the capture that the current stream is part of, 0 for none."""
-    if not torch._C._cuda_isCurrentStreamCapturing():
-        return 0
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    cuda = driver()
-    code = cuda.library.cuStreamGetCaptureInfo_v2(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
-    )
-    cuda.check("tell which capture a stream is part of", code)
-    return number.value

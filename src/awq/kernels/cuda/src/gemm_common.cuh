@@ -79,6 +79,21 @@ struct Schedule {
   }
 };
 
+// A walk around the stages of shared memory. A stage has DATA bytes of x and codes, AFFINE bytes at AFFINE_FROM, and at
+// BARRIERS_FROM a barrier that says that it is full; 64 bytes behind, one that says that it is empty.
+template <int COUNT, int DATA, int AFFINE, int AFFINE_FROM, int BARRIERS_FROM> struct StageRing {
+  u32 shared;
+  int stage = 0;
+  u32 parity;
+
+  DEVICE StageRing(u32 shared_, u32 parity_) : shared(shared_), parity(parity_) {}
+  DEVICE u32 full() const { return shared + BARRIERS_FROM + 8 * stage; }
+  DEVICE u32 empty() const { return shared + BARRIERS_FROM + 64 + 8 * stage; }
+  DEVICE u32 data() const { return shared + stage * DATA; }
+  DEVICE u32 affine() const { return shared + AFFINE_FROM + stage * AFFINE; }
+  DEVICE void advance() { if (++stage == COUNT) { stage = 0; parity ^= 1; } }
+};
+
 // The same number, of which the compiler does not know that it has it in a register already.
 DEVICE int recomputed(int v) { asm volatile("" : "+r"(v)); return v; }
 

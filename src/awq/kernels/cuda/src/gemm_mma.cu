@@ -171,49 +171,19 @@ struct Held {
 
 // ------------------------------------------------------------------------------- the ring of stages and its barriers
 
+using Ring = StageRing<STAGES, STAGE_BYTES, STAGE_AFFINE, AFFINE_AT, BARRIERS_AT>;
+
 #if __CUDA_ARCH__ >= 800
-DEVICE void ring_init(u32 bar, u32 count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-DEVICE void ring_arrive(u32 bar) {
-  asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(bar) : "memory");
-}
-DEVICE void ring_arrive_after_copies(u32 bar) {
+DEVICE void arrive_after_copies(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
-DEVICE void ring_wait(u32 bar, u32 parity) {
-#if __CUDA_ARCH__ >= 900
-  barrier_wait(bar, parity);
-#else
-  asm volatile("{ .reg .pred p; WAIT_%=: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @p bra DONE_%=; "
-               "bra WAIT_%=; DONE_%=: }" ::"r"(bar), "r"(parity) : "memory");
-#endif
-}
-#endif
-
-struct Ring {
-  u32 shared;
-  int stage = 0;
-  u32 parity;
-
-  DEVICE Ring(u32 shared_, u32 parity_) : shared(shared_), parity(parity_) {}
-  DEVICE u32 full() const { return shared + BARRIERS_AT + 8 * stage; }
-  DEVICE u32 empty() const { return shared + BARRIERS_AT + 64 + 8 * stage; }
-  DEVICE u32 data() const { return shared + stage * STAGE_BYTES; }
-  DEVICE u32 affine() const { return shared + AFFINE_AT + stage * STAGE_AFFINE; }
-  DEVICE void advance() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
-};
-
-#if __CUDA_ARCH__ >= 800
 DEVICE void init_ring(u32 shared) {
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
-      ring_init(shared + BARRIERS_AT + 8 * s, ASYNC ? PRODUCERS * 32 : 1);
-      ring_init(shared + BARRIERS_AT + 64 + 8 * s, CONSUMERS);
+      barrier_init(shared + BARRIERS_AT + 8 * s, ASYNC ? PRODUCERS * 32 : 1);
+      barrier_init(shared + BARRIERS_AT + 64 + 8 * s, CONSUMERS);
     }
-#if __CUDA_ARCH__ >= 900
     barrier_init_done();
-#endif
   }
   __syncthreads();
 }
@@ -226,7 +196,7 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
   while (schedule.next(s)) {
     const Place at(p, s.tile);
     for (int step = s.first; step < s.last; step++) {
-      ring_wait(ring.empty(), ring.parity);
+      barrier_wait(ring.empty(), ring.parity);
 #if COPY == 2
       if (threadIdx.x % 32 == 0) {
         barrier_expect(ring.full(), STAGE_BYTES + STAGE_AFFINE);
@@ -247,7 +217,7 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
       if (!waited) wait_for_earlier_kernels();
 #pragma unroll 4
       for (int i = first; i < Pieces::X; i += PRODUCERS * 32) copy_piece(pieces.tokens(i));
-      ring_arrive_after_copies(ring.full());
+      arrive_after_copies(ring.full());
 #endif
       waited = true;
       ring.advance();
@@ -464,12 +434,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
       pieces.step = step + 1;
       if (step + 1 < s.last) held.load(pieces);
 #else
-      ring_wait(ring.full(), ring.parity);
+      barrier_wait(ring.full(), ring.parity);
 #endif
       multiply_stage(acc, ring.data(), ring.data() + codes_at, ring.affine() + affine_at, step * SLICES % 4, k_warp);
 #if COPY != 0
       __syncwarp();
-      if (lane == 0) ring_arrive(ring.empty());
+      if (lane == 0) barrier_arrive(ring.empty());
 #endif
       ring.advance();
     }

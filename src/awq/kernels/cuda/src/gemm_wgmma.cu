@@ -103,18 +103,7 @@ struct Place {
   }
 };
 
-struct Ring {
-  u32 shared;
-  int stage = 0;
-  u32 parity;
-
-  DEVICE Ring(u32 shared_, u32 parity_) : shared(shared_), parity(parity_) {}
-  DEVICE u32 full() const { return shared + BARRIERS_AT + 8 * stage; }
-  DEVICE u32 empty() const { return shared + BARRIERS_AT + 64 + 8 * stage; }
-  DEVICE u32 data() const { return shared + stage * STAGE_BYTES; }
-  DEVICE u32 affine() const { return shared + AFFINE_AT + stage * STAGE_AFFINE; }
-  DEVICE void advance() { if (++stage == STAGES) { stage = 0; parity ^= 1; } }
-};
+using Ring = StageRing<STAGES, STAGE_BYTES, STAGE_AFFINE, AFFINE_AT, BARRIERS_AT>;
 
 // A consumer warp is done with a stage.
 DEVICE void release(u32 empty) {

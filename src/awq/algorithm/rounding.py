@@ -1,0 +1,77 @@
+"""Compensated rounding: the error of each column is made good by the columns not yet rounded (OBS, GPTQ).
+
+Frantar et al. 2022, arXiv 2210.17323: columns in order of decreasing Gram diagonal, the group grids fixed beforehand.
+Plain rounding is `Affine.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from awq.algorithm.affine import Affine
+from awq.algorithm.capture import fast_matmul
+
+COLUMNS = 128  # rounded one by one before the rest is told, in one product
+DAMPING = 0.05  # of the mean diagonal, added to the diagonal; 0.01 to 0.3 measured alike
+_STRONGER = 10.0  # where the Gram matrix is not positive definite
+
+# (weight [k, out], factor [k, k], scales [k, out], zeros [k, out], highest code) -> codes uint8 [k, out] and errors
+# float32 [k, out], each divided by its factor's diagonal: a block of columns, transposed. A GPU has a kernel for it.
+ColumnLoop = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+    """The `ColumnLoop` in plain torch."""
+    weight, errors = weight.clone(), torch.empty_like(weight)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    for i, pivot in enumerate(factor.diagonal().tolist()):
+        code = torch.round(weight[i] / scales[i]).add_(zeros[i]).clamp_(0, highest)
+        codes[i] = code
+        errors[i] = (weight[i] - (code - zeros[i]) * scales[i]) / pivot
+        weight[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
+
+
+def round_compensated(
+    weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = round_columns, block: int = COLUMNS
+) -> Tensor | None:
+    """Codes of `weight` [out, in] on `grid`, uint8 [out, in]; None where `gram` [in, in] has no usable factor.
+
+    The linears that read one input are solved as one: their rows do not touch each other. `block` columns are handed
+    to `columns` at a time.
+    """
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(gram[order][:, order])
+    if factor is None:
+        return None
+    group = order // (weight.shape[1] // grid.scales.shape[1])
+    rest, scales, zeros = (values.t()[index] for values, index in _rows(weight, grid, order, group))
+    codes = torch.empty_like(rest, dtype=torch.uint8)
+    with fast_matmul(enabled=False):
+        for start in range(0, len(order), block):
+            part, later = slice(start, start + block), slice(start + block, None)
+            codes[part], errors = columns(rest[part], factor[part, part], scales[part], zeros[part], 2**grid.bits - 1)
+            rest[later] -= factor[part, later].t() @ errors
+    return codes[order.argsort()].t().contiguous()
+
+
+def _rows(weight: Tensor, grid: Affine, order: Tensor, group: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    return (weight, order), (grid.scales, group), (grid.zeros, group)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor | None:
+    """Upper triangular U with U^T U = (gram + damping)^-1, from one Cholesky factor of the reversed matrix."""
+    mean = gram.diagonal().mean()
+    if not (mean > 0 and gram.isfinite().all()):
+        return None
+    for damping in (DAMPING, DAMPING * _STRONGER, DAMPING * _STRONGER**2):
+        damped = gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).contiguous()
+    return None
