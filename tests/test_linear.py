@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from awq import kernels
 from awq.errors import AwqError, ConfigError, KernelNotSupportedError
-from awq.hardware import Device
 from awq.kernels import KERNELS, LinearSpec
 from awq.kernels.portable import Portable
 from awq.linear import QuantLinear
@@ -155,6 +154,25 @@ def test_prepare_may_keep_the_packed_weight() -> None:
     assert relative(linear(x), expected(linear, x)) < 1e-6
 
 
+def test_a_preparation_that_fails_leaves_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Portable):
+        name = "failing"
+
+        def prepare(self, *arguments: Any) -> dict[str, Tensor]:
+            return {"failing_weight": torch.zeros(1)}
+
+        def gemv_rows(self, spec: LinearSpec, device: Any, weights: Any = None) -> int:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(kernels, "KERNELS", (Failing(),))
+    linear, x = layer(bias=True, outliers=2), torch.randn(3, 96)
+    y, names = linear(x), set(linear.state_dict())
+    with pytest.raises(torch.OutOfMemoryError):
+        linear.prepare(dtype=torch.bfloat16)
+    assert torch.equal(linear(x), y) and set(linear.state_dict()) == names
+    assert linear.choice is kernels.UNPREPARED and linear.spec.dtype == torch.float16
+
+
 def test_prepare_with_wrong_words() -> None:
     linear = layer()
     for arguments in ({"version": "GEMX"}, {"kernel": "triton"}):
@@ -240,53 +258,6 @@ def test_a_bias_of_another_dtype() -> None:
             _prepare(linear, kernel=kernel, keep_packed=True)
         for dtype in (torch.bfloat16, torch.float32):
             assert linear(torch.randn(2, 96, dtype=dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize("kernel", ["cpu", "portable"])
-def test_moving_within_a_kind_of_device_needs_no_packed_weight(kernel: str) -> None:
-    linear = layer(outliers=2)
-    _prepare(linear, kernel=kernel)
-    x = torch.randn(3, 96)
-    y = linear(x)
-    linear.to("cpu", torch.float16).share_memory()
-    assert torch.equal(linear(x), y)
-    linear.to("meta")
-    assert all(buffer.is_meta for buffer in linear.buffers())
-
-
-def test_moving_to_another_kind_of_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layout belongs to its kernel: elsewhere the weight is repacked from what was kept, or the move is refused."""
-    released, kept, raw = layer(outliers=2), layer(outliers=2), layer(outliers=2)
-    _prepare(released, kernel="cpu")
-    _prepare(kept, keep_packed=True, version="GEMV")
-    # A GPU that is not here: the move itself goes from the CPU to the CPU.
-    monkeypatch.setattr(QuantLinear, "_leaves", lambda self, fn: True)
-    monkeypatch.setattr(kernels, "describe", lambda device: Device(0, "a GPU", "cuda", (6, 1), hypothetical=True))
-    with pytest.raises(AwqError, match="load the checkpoint again"):
-        released.to("cpu")
-    kept.to("cpu")
-    assert (kept.choice.kernel.name, kept.choice.version) == ("portable", "GEMV")
-    assert raw.to("cpu").choice is kernels.UNPREPARED
-    x = torch.randn(3, 96)
-    assert relative(kept(x), expected(raw, x)) < 1e-6
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_and_back() -> None:
-    linear = layer(bias=True, outliers=2)
-    x = torch.randn(3, 96)
-    true = expected(linear, x)
-    linear.prepare(keep_packed=True)
-    for device in ("cuda", "cpu"):
-        linear.to(device)
-        assert linear.choice.kernel.name in ("cuda", "cpu", "portable")
-        assert (linear.choice.kernel.name == "cuda") is (
-            device == "cuda" and torch.cuda.get_device_capability() >= (7, 5)
-        )
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            y = linear(x.to(device, dtype))
-            assert y.device.type == device and y.dtype == dtype
-            assert relative(y.cpu(), true) < 1e-2
 
 
 def _prepare(linear: QuantLinear, **arguments: Any) -> kernels.Choice:

@@ -35,7 +35,8 @@ class QuantLinear(nn.Module):
         kept = outliers.index.numel() if outliers is not None else 0
         self.spec = LinearSpec(self.in_features, self.out_features, self.group_size, outliers=kept)
         self.register_buffer("bias", bias)
-        self._use(UNPREPARED, packed_weights(packed, outliers if kept else None))
+        self._again: tuple[str | None, str | None, bool, torch.dtype] | None = None  # what `prepare` was asked for
+        self._use(self.spec, UNPREPARED, packed_weights(packed, outliers if kept else None))
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +75,17 @@ class QuantLinear(nn.Module):
         spec = replace(self.spec, dtype=dtype)
         choice = select(spec, self.device, version, kernel)
         weights = choice.kernel.prepare(packed, outliers, self.device, dtype)
-        self.spec = spec
-        self._use(choice, packed_weights(packed, outliers) | weights if keep_packed else weights)
+        self._use(spec, choice, packed_weights(packed, outliers) | weights if keep_packed else weights)
         self._again = (version, kernel, keep_packed, dtype)
         return choice
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] of any float dtype and strides -> [..., out_features] in the same dtype."""
+        """x [..., in_features] of any strides -> [..., out_features] in the same dtype.
+
+        x: float16, bfloat16, float32 or float64. The result is as exact as the dtype that the kernel computes in: the
+           CUDA kernels multiply float32 and float64 in 16 bits with float32 sums, `cpu` all of them in bfloat16
+        Raises AwqError for an x that the kernel does not take, such as bfloat16 on compute capability 7.5.
+        """
         return self._kernel(x, self._buffers, self.spec, self._gemv_rows)
 
     def extra_repr(self) -> str:
@@ -90,15 +95,21 @@ class QuantLinear(nn.Module):
             f"kernel={self._kernel.name}, version={self.choice.version or 'auto'}"
         )
 
-    def _use(self, choice: Choice, weights: dict[str, Tensor]) -> None:
+    def _use(self, spec: LinearSpec, choice: Choice, weights: dict[str, Tensor]) -> None:
         """Let `choice` run on `weights`, which replace every buffer but the bias."""
+        device = next(iter(weights.values())).device
+        # Measured, it may fail: nothing is replaced before.
+        gemv_rows = choice.gemv_rows(spec, device, {**weights, "bias": self._buffers["bias"]})
         for name in [name for name in self._buffers if name != "bias"]:
             delattr(self, name)
         for name, tensor in weights.items():
             self.register_buffer(name, tensor)
+        self.spec = spec
+        self._choose(choice, gemv_rows)
+
+    def _choose(self, choice: Choice, gemv_rows: int) -> None:
         self.choice = choice
-        # Looked up on every call, so kept at hand.
-        self._kernel, self._gemv_rows = choice.kernel, choice.gemv_rows(self.spec, self.device, self._buffers)
+        self._kernel, self._gemv_rows = choice.kernel, gemv_rows  # looked up on every call, so kept at hand
 
     def _check_packed(self) -> None:
         if "qweight" not in self._buffers:
@@ -108,10 +119,17 @@ class QuantLinear(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Every move and cast of the module: weights keep their dtype, and another kind of device repacks them."""
-        repack = self.choice is not UNPREPARED and self._leaves(fn)
+        """Every move and cast of the module: weights keep their dtype, and another device gets its own choice.
+
+        Another kind of device, or a GPU that another kernel serves, repacks them.
+        """
+        again, choice, repack = self._again, None, False
+        if again and (target := self._target(fn)):
+            if target.type == self.device.type:
+                choice = select(self.spec, target, *again[:2])
+            repack = choice is None or choice.kernel.name != self._kernel.name
         if repack:
-            self._use(UNPREPARED, packed_weights(self.packed, self.outliers))
+            self._use(self.spec, UNPREPARED, packed_weights(self.packed, self.outliers))
         bias = self._buffers["bias"]
 
         def move(tensor: Tensor) -> Tensor:
@@ -119,11 +137,13 @@ class QuantLinear(nn.Module):
             return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if repack:
-            self.prepare(*self._again)
+        if again and repack:
+            self.prepare(*again)
+        elif choice:
+            self._choose(choice, choice.gemv_rows(self.spec, self.device, self._buffers))
         return self
 
-    def _leaves(self, fn: Callable[[Tensor], Tensor]) -> bool:
-        """Whether `fn` moves tensors to another kind of device, where this kernel's layout means nothing."""
-        target = fn(torch.empty(0, device=self.device)).device.type
-        return target not in (self.device.type, "meta")
+    def _target(self, fn: Callable[[Tensor], Tensor]) -> torch.device | None:
+        """The device that `fn` moves tensors to; None where they stay, or lose their values."""
+        target = fn(torch.empty(0, device=self.device)).device
+        return None if target == self.device or target.type == "meta" else target

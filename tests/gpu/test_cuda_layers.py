@@ -84,7 +84,7 @@ def test_wrong_input_is_told() -> None:
     linear = layer()
     for x, words in (
         (torch.zeros(2, 1504).half(), "x is on cpu and the weight on cuda:0"),
-        (torch.zeros(2, 1504, device=GPU).double(), "x is float64"),
+        (torch.zeros(2, 1504, device=GPU).int(), "x is int32"),
         (torch.zeros(2, 1500, device=GPU).half(), r"shape \[2, 1500\]"),
     ):
         with pytest.raises(AwqError, match=words):
@@ -123,6 +123,57 @@ def test_compiled_into_one_graph(dtype: torch.dtype) -> None:
             x = torch.randn(2, rows, 1504, device=GPU).to(dtype)
             true = torch.relu(expected(linear, x * 2)) + 1
             assert relative(compiled(x), true) < LIMIT[dtype] * 1.5
+
+
+def test_compiled_with_graphs_of_its_own() -> None:
+    """Two numbers of rows that split tiles: what a warm-up or a capture leaves behind would be refused as a leak."""
+    linear = layer((520, 4096, 128))
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # torch's own
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: torch.relu(linear(x * 2)) + 1, mode="reduce-overhead", dynamic=False)
+        for _ in range(4):  # warm-up, capture, replays
+            for rows in (9, 40):
+                x = torch.randn(rows, 4096, device=GPU).half()
+                y = compiled(x).clone()
+                assert relative(y, torch.relu(expected(linear, x * 2)) + 1) < LIMIT[torch.float16] * 1.5
+                assert torch.equal(linear(x), linear(x))  # eager calls in between have their own place
+
+
+def test_a_graph_leaves_nothing_behind() -> None:
+    linear = layer((520, 4096, 128))
+    x = torch.randn(16, 4096, device=GPU).half()
+
+    def capture() -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            linear(x)
+        graph.replay()
+        torch.cuda.synchronize()
+
+    linear(x), capture()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        capture()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_gradient_of_x() -> None:
+    linear = layer(version="GEMM")
+    for dtype, limit in ((torch.float16, 1e-3), (torch.float32, 1e-3)):
+        x = torch.randn(20, 1504, device=GPU).to(dtype).requires_grad_()
+        grad = torch.randn(20, 520, device=GPU).to(dtype)
+        linear(x).backward(grad)
+        true = grad.float() @ reference(torch.eye(1504, device=GPU), linear.packed, linear.outliers).t()
+        assert x.grad is not None and relative(x.grad, true) < limit
+
+
+def test_large_float32_values() -> None:
+    linear = layer()
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(12, 1504, device=GPU).to(dtype) * 10.0 ** torch.arange(-6, 6, device=GPU).unsqueeze(1)
+        for row, true in zip(linear(x), expected(linear, x), strict=True):
+            assert row.dtype == dtype and relative(row, true) < 1e-3
 
 
 def test_streams_do_not_meet() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from awq import jit
 from awq.kernels.cuda import dense, gemm, schedule
 from awq.kernels.cuda.designs import Design, designs
-from awq.kernels.cuda.layout import Units, to_units, units_to_dense
-from awq.kernels.cuda.schedule import Plan, Shape
+from awq.kernels.cuda.layout import Shape, Units, to_units, units_to_dense
+from awq.kernels.cuda.schedule import Plan
 from awq.packing import pack
 from tests.kernels.plain import random_outliers, random_packed
 

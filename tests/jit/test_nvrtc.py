@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,42 @@ def test_a_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch) -
         "NVRTC, CUDA's run-time compiler, does not load (Failure finding libnvrtc.so: nowhere): "
         'pip install "awq-int4[cu13]"'
     )
+
+
+class Broken:
+    """A module whose attributes raise what an installation does that lacks a part."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getattr__(self, name: str) -> object:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no libnvrtc.so"), OSError("no libnvrtc.so"), ImportError("no libnvrtc.so")]
+)
+def test_a_broken_installation_is_told(monkeypatch: pytest.MonkeyPatch, source: Path, error: Exception) -> None:
+    install(monkeypatch, "13.0", **CORE, **BINDINGS, **NVRTC)
+    told = (
+        "No CUDA kernel can be compiled: NVRTC, CUDA's run-time compiler, does not load (no libnvrtc.so): "
+        'pip install "awq-int4[cu13]".'
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=Broken(error)))
+        nvrtc._supported.cache_clear()
+        with pytest.raises(MissingDependencyError, match=re.escape(told)):
+            jit.architectures()
+    nvrtc._supported.cache_clear()
+
+    def program(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(nvrtc, "architectures", lambda: ["sm_80"])
+    for core in (Broken(error), SimpleNamespace(Program=program, ProgramOptions=dict)):
+        monkeypatch.setitem(sys.modules, "cuda.core", core)
+        with pytest.raises(MissingDependencyError, match=re.escape(told)):
+            jit.compile_cubin(source, "sm_80", SIZE)
 
 
 @needs_nvrtc

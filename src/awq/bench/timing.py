@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from awq.kernels.cuda.crossover import Flush
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -124,10 +126,10 @@ def _cuda_seconds(call: Callable[[], object], device: torch.device, count: int) 
     It also keeps the GPU busy while the CPU enqueues, so that the events see the kernel and not its launch.
     """
     with torch.cuda.device(device):
-        flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+        flush = Flush(device)
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         for start, end in marks:
-            flush.zero_()
+            flush()
             start.record()
             call()
             end.record()

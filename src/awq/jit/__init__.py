@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from awq.jit import nvrtc
 from awq.jit.cache import cache_folder, fetch, key_of
-from awq.jit.launch import Kernel, Launcher, Library, programmatic, tensor_map
+from awq.jit.launch import Kernel, Launcher, Library, capture_id, programmatic, tensor_map
 from awq.jit.nvrtc import Compiled, Defines, arch_of, architectures, missing
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "arch_of",
     "architectures",
     "cache_folder",
+    "capture_id",
     "compile_cubin",
     "compile_source",
     "kernel",

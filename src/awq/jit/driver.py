@@ -61,6 +61,13 @@ class Driver:
         self.check("tell the current device", self.library.cuCtxGetDevice(ctypes.byref(device)))
         return device.value
 
+    def capture_id(self, stream: int) -> int:
+        """The number of the capture that `stream` is in, unlike any other of this process; 0 outside of one."""
+        status, number = ctypes.c_int(), ctypes.c_uint64()
+        pointers = (ctypes.byref(status), ctypes.byref(number), None, None, None)
+        self.check("tell the capture", self.library.cuStreamGetCaptureInfo_v2(ctypes.c_void_p(stream), *pointers))
+        return number.value
+
     def devices(self) -> set[int]:
         """The devices in use in this process: those whose primary context exists."""
         count, flags, active = ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()

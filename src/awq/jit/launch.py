@@ -258,3 +258,8 @@ def constant(cubin: bytes, name: str) -> int:
             if length == 4 and section < count and cubin[start:].startswith(name.encode() + b"\0"):
                 return int(struct.unpack_from("<i", cubin, sections[section][1] + value)[0])
     raise KernelError(f"The kernel's binary has no int called {name}.")
+
+
+def capture_id(stream: int) -> int:
+    """The number of the CUDA graph capture that `stream` is in, unlike any other of this process; 0 outside of one."""
+    return driver().capture_id(stream)

@@ -8,7 +8,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -26,6 +27,7 @@ _ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
 _NO_REASON = re.compile(r"\d+: NVRTC_ERROR|\d+ errors? detected")
 # cuda.core cannot be imported by two threads at a time.
 _IMPORTING = threading.Lock()
+_BROKEN = (ImportError, OSError, RuntimeError)  # what cuda.core and cuda.bindings raise that do not find a library
 _LOG_LINES = 3  # of the compiler's errors in a message
 
 
@@ -73,7 +75,7 @@ def compile_text(text: str, name: str, arch: str, defines: Defines, verbose: boo
     require()
     if re.sub(r"[af]$", "", arch) not in (known := architectures()):
         raise KernelError(f"NVRTC {version()} compiles nothing for {arch}: it knows {', '.join(known)}.")
-    with _IMPORTING:
+    with _IMPORTING, _working():
         from cuda.core import Program, ProgramOptions
 
     macros = [(key, str(value)) for key, value in defines.items()]
@@ -81,7 +83,10 @@ def compile_text(text: str, name: str, arch: str, defines: Defines, verbose: boo
     options = ProgramOptions(name=name, arch=arch, define_macro=macros or None, **OPTIONS, **extra)
     log, start = io.StringIO(), time.perf_counter()
     try:
-        cubin = bytes(Program(text, "c++", options).compile("cubin", logs=log).code)
+        with _working():
+            cubin = bytes(Program(text, "c++", options).compile("cubin", logs=log).code)
+    except MissingDependencyError:
+        raise
     except Exception as error:  # cuda.core exports no class of its own errors
         raise KernelError(f"{name} does not compile for {arch} by NVRTC {version()}: {_gist(str(error))}.") from error
     seconds = time.perf_counter() - start
@@ -104,9 +109,10 @@ def architectures() -> list[str]:
 
 @cache
 def _supported() -> tuple[int, ...]:
-    from cuda.bindings import nvrtc
+    with _working():
+        from cuda.bindings import nvrtc
 
-    code, numbers = nvrtc.nvrtcGetSupportedArchs()
+        code, numbers = nvrtc.nvrtcGetSupportedArchs()
     if int(code):
         raise KernelError(f"NVRTC does not say which architectures it knows ({code.name}): reinstall it.")
     return tuple(sorted(numbers))
@@ -121,7 +127,29 @@ def arch_of(capability: tuple[int, int]) -> str:
 def require() -> None:
     """Raise MissingDependencyError where nothing can be compiled."""
     if reason := missing():
-        raise MissingDependencyError(f"No CUDA kernel can be compiled: {reason}.")
+        raise _absent(reason)
+
+
+def _absent(reason: str) -> MissingDependencyError:
+    return MissingDependencyError(f"No CUDA kernel can be compiled: {reason}.")
+
+
+@contextmanager
+def _working() -> Iterator[None]:
+    """Installed is not whole: where the compiler or its bindings do not load, MissingDependencyError."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise _absent(_broken(error)) from error
+
+
+def _broken(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"NVRTC, CUDA's run-time compiler, does not load ({reason}): {_command()}"
+
+
+def _command() -> str:
+    return f'pip install "awq-int4[cu{_torch_major() or 13}]"'
 
 
 @cache
@@ -130,7 +158,7 @@ def missing() -> str | None:
     if sys.platform == "darwin":
         return "there is no CUDA on macOS"
     wanted = _torch_major()
-    command = f'pip install "awq-int4[cu{wanted or 13}]"'
+    command = _command()
     for package in ("cuda-core", "cuda-bindings"):
         if _installed(package) is None:
             return f"the package {package} is not installed: {command}"
@@ -139,9 +167,8 @@ def missing() -> str | None:
         return f"cuda-bindings {bindings} is for another CUDA than torch, which is for {wanted}: {command}"
     try:
         version()
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        return f"NVRTC, CUDA's run-time compiler, does not load ({reason}): {command}"
+    except _BROKEN as error:
+        return _broken(error)
     return None
 
 

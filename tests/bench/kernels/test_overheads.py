@@ -44,15 +44,16 @@ def test_overheads_need_a_gpu() -> None:
 
 
 def test_first_use_is_cold_then_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = []
+    caches, devices = [], set()
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         caches.append(options["env"]["AWQ_CACHE"])
+        devices.add(command[-1])
         return subprocess.CompletedProcess(command, 0, json.dumps({"first_s": 3 / len(caches)}), "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert overheads.first_use() == {"cold": {"first_s": 3}, "warm": {"first_s": 1.5}}
-    assert caches[0] == caches[1]
+    assert overheads.first_use(torch.device("cuda", 1)) == {"cold": {"first_s": 3}, "warm": {"first_s": 1.5}}
+    assert caches[0] == caches[1] and devices == {"cuda:1"}
 
 
 def test_a_failing_process_is_told() -> None:
@@ -60,7 +61,7 @@ def test_a_failing_process_is_told() -> None:
     if torch.cuda.is_available():
         pytest.skip("it does not fail here")
     with pytest.raises(AwqError, match=r"new process failed: \w"):
-        overheads.first_use()
+        overheads.first_use(torch.device("cuda"))
 
 
 @pytest.mark.gpu

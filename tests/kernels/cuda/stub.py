@@ -26,6 +26,7 @@ class Call:
     stride: tuple[int, ...]
     address: int
     bias: torch.dtype | None
+    dtype: torch.dtype
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def stub_kernels(monkeypatch: pytest.MonkeyPatch, launch_rows: int = 8) -> Itera
         """The formula, with fp16 products summed in float32."""
         assert x.dim() == 2 and out.is_contiguous() and out.numel() == len(x) * units.out_features
         assert bias is None or bias.dtype == x.dtype == out.dtype
-        calls.append(Call(version, len(x), x.stride(), x.data_ptr(), None if bias is None else bias.dtype))
+        calls.append(Call(version, len(x), x.stride(), x.data_ptr(), None if bias is None else bias.dtype, x.dtype))
         y = x.float() @ units_to_dense(units).t()
         if units.kept is not None and units.index is not None:
             used = units.index >= 0
@@ -61,5 +62,5 @@ def stub_kernels(monkeypatch: pytest.MonkeyPatch, launch_rows: int = 8) -> Itera
 
 def prepared(linear: QuantLinear, version: str | None = None) -> QuantLinear:
     """`linear` as `prepare` leaves it on a GPU."""
-    linear._use(Choice(Cuda(), version, "played"), Cuda().prepare(linear.packed, linear.outliers, CPU))
+    linear._use(linear.spec, Choice(Cuda(), version, "played"), Cuda().prepare(linear.packed, linear.outliers, CPU))
     return linear

@@ -10,7 +10,7 @@ import torch
 
 from awq import capability, jit
 from awq.capability import PATHS, path_of
-from awq.errors import ConfigError, KernelNotSupportedError
+from awq.errors import ConfigError, KernelError, KernelNotSupportedError
 from awq.hardware import Device
 from awq.kernels import KERNELS, LinearSpec, select_kernel_version
 from awq.kernels.base import GEMV_ROWS
@@ -31,7 +31,7 @@ def gpu(of: tuple[int, int], here: bool = False) -> Device:
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    caches = (backend._obstacle, backend._prefetch)
+    caches = (backend._lasting_obstacle, backend._prefetch)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -130,6 +130,30 @@ def test_what_stands_in_the_way_is_found_before_any_weight_is_read(
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        torch.AcceleratorError("busy"),
+        KernelError("CUDA could not load repack.cu for sm_86: CUDA_ERROR_OUT_OF_MEMORY."),
+    ],
+)
+def test_what_may_pass_is_a_reason_and_asked_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    ends: list[Exception | None] = [error, error, None, error]
+
+    def fail(*arguments: Any) -> None:
+        if end := ends.pop(0):
+            raise end
+
+    monkeypatch.setattr(jit, "missing", lambda: None)
+    monkeypatch.setattr(backend, "_smallest", lambda device: random_packed(8, 32, 32))
+    monkeypatch.setattr(backend, "to_units", fail)
+    monkeypatch.setattr(backend, "_too_wide", lambda spec, index: None)
+    first = str(error).splitlines()[0].rstrip(".")
+    reasons = [KERNEL.rejects(SPEC, gpu((8, 6), here=True)) for _ in range(4)]
+    assert reasons == [f"it does not run here now ({first})"] * 2 + [None] * 2
+
+
 def test_a_row_too_wide_for_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_obstacle", lambda index: None)
     monkeypatch.setattr(backend, "fitting_rows", lambda index, width, *sizes: 0 if width > 20000 else 3)
@@ -210,3 +234,9 @@ def test_where_versions_cross_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not measured
     assert KERNEL.gemv_rows(SPEC, gpu((9, 0), here=True), weights={}) == 5
     assert measured == [backend._key(SPEC, gpu((9, 0)))]
+
+
+def test_nothing_is_allocated_for_a_crossover_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend.crossover, "recall", lambda key: 3)
+    monkeypatch.setattr(backend.torch, "ones", lambda *shape, **where: pytest.fail("allocated"))
+    assert KERNEL.gemv_rows(SPEC, gpu((9, 0), here=True), weights={}) == 3

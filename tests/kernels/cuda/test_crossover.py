@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from awq.errors import ConfigError
+from awq.kernels.base import GEMV_ROWS
 from awq.kernels.cuda import crossover
 
 CPU = torch.device("cpu")
@@ -120,6 +123,50 @@ def test_a_folder_that_cannot_be_written(
     assert len(measured) == 2
     (record,) = caplog.records
     assert "measured at every start" in record.message and "Permission denied" in record.message
+
+
+def test_short_of_memory_nothing_is_remembered(
+    cache: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: Any, device: torch.device) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crossover, "_measure", fail)
+        assert find() == GEMV_ROWS and not any(cache.iterdir())
+    assert find() == 4
+
+
+class Event:
+    def __init__(self, enable_timing: bool) -> None:
+        self.record = list
+
+    def elapsed_time(self, end: Any) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("cache_bytes", [4 << 20, 60 << 20, 300 << 20])
+def test_the_gpu_is_busy_while_the_cpu_enqueues(monkeypatch: pytest.MonkeyPatch, cache_bytes: int) -> None:
+    """Memory for it is found before anything is compiled; 400 MB take a GPU of 8 TB/s 50 us to write."""
+    done: list[str] = []
+
+    class Memory:
+        def __init__(self, size: int, **where: Any) -> None:
+            assert size >= 2 * cache_bytes
+            self.size = size
+
+        def zero_(self) -> None:
+            done.append("z" * (self.size // 1_000_000))
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=cache_bytes))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda size, **where: done.append("made") or Memory(size))
+    crossover._measure(lambda version, rows: done.append(version), CPU)
+    assert done[0] == "made" and done.count("made") == 1
+    written = "".join("." if text in ("GEMV", "GEMM") else text for text in done[1:]).lstrip(".").split(".")
+    assert len(written) == 5 * 16 + 1 and min(map(len, written[:-1])) >= 395
 
 
 def test_without_a_folder(cache: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

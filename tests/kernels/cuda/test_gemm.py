@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from awq import jit
-from awq.kernels.cuda import dense, gemm, workspace
-from awq.kernels.cuda.layout import SOURCES, Units, to_units
-from awq.kernels.cuda.schedule import Shape, plan
+from awq.kernels.cuda import dense, gemm, op, workspace
+from awq.kernels.cuda.layout import SOURCES, Gpu, Shape, Units, to_units
+from awq.kernels.cuda.schedule import plan
 from tests.kernels.plain import CPU, random_outliers, random_packed
 
 STREAM = 0x7000_0000_1000
@@ -79,10 +80,11 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     made = Machine(request.param)
     monkeypatch.setattr(jit, "kernel", made.kernel)
     monkeypatch.setattr(jit, "tensor_map", made.tensor_map)
-    monkeypatch.setattr(gemm, "_gpu", lambda device: (request.param, 132))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for module in (gemm, dense):
+        monkeypatch.setattr(module, "gpu", lambda device: Gpu(made.arch, 132, 0))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)  # with which torch.cuda.stream does nothing
     monkeypatch.setattr(workspace, "_device", lambda index: CPU)
     forget()
     yield made
@@ -218,6 +220,22 @@ def test_many_rows_without_wgmma_go_to_torch(machine: Machine, monkeypatch: pyte
     assert (y.float() - wanted).norm() / wanted.norm() < 1e-3
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_any_shape_goes_to_torch(machine: Machine, monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    packed = random_packed(24, 352, 32)
+    true = packed.dequantize()
+    units, x, b = to_units(packed, None, CPU), torch.randn(2, 300, 352).half(), torch.randn(24).half() if bias else None
+    with monkeypatch.context() as patch:
+        patch.setattr(gemm, "_launch", lambda *arguments: gemm._Launch())
+        patch.setattr(dense, "dequantize", lambda given, dtype: true.to(dtype))
+        patch.setattr(op, "_dtypes", lambda index: {torch.float16})
+        patch.setattr(op, "_current_device", lambda: -1)
+        y = op.launch(x, units.codes, units.affine, None, None, b, 352, 24, 32, 8)
+    wanted = x.float() @ true.t() + (0 if b is None else b.float())
+    assert y.shape == (2, 300, 24) and (y.float() - wanted).norm() / wanted.norm() < 1e-3
+
+
 def test_what_the_dequantizing_kernel_is_given(machine: Machine) -> None:
     units = to_units(random_packed(40, 100, -1), None, CPU)
     machine.arch = "sm_86"
@@ -230,15 +248,24 @@ def test_what_the_dequantizing_kernel_is_given(machine: Machine) -> None:
     assert numbers[10:14].tolist() == [40, 104, 1, 0]
 
 
-def test_one_workspace_a_stream_that_grows(machine: Machine) -> None:
-    first = workspace.workspace(0, STREAM, 1000)
-    assert workspace.workspace(0, STREAM, 500) == first
-    assert first[0] == first[1] + workspace.FLAG_BYTES
-    memory = workspace._places[0, STREAM, 0].memory
-    assert memory.numel() == workspace.FLAG_BYTES + 1000 and not memory[: workspace.FLAG_BYTES].any()
-    assert workspace.workspace(0, STREAM + 8, 1000) != first
-    workspace.workspace(0, STREAM, 2000)
-    assert workspace._places[0, STREAM, 0].size == 2000
-    for stream in range(100):
-        workspace.workspace(0, stream, 16)
-    assert len(workspace._places) == 64
+def test_a_workspace_is_held_until_its_kernel_is_enqueued(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may put a larger one into its place meanwhile."""
+    held: list[bool] = []
+    memories: list[weakref.ref[Tensor]] = []
+    real, launch = workspace.workspace, Launcher.__call__
+
+    def replaced(device: int, stream: int, size: int) -> workspace.Place:
+        place = real(device, stream, size)
+        assert place.memory is not None
+        memories.append(weakref.ref(place.memory))
+        workspace._places.clear()
+        return place
+
+    def called(self: Launcher, stream: int) -> None:
+        held.extend(memory() is not None for memory in memories)
+        launch(self, stream)
+
+    monkeypatch.setattr(gemm, "workspace", replaced)
+    monkeypatch.setattr(Launcher, "__call__", called)
+    gemm.gemm(torch.empty(40, 544).half(), weight(264, 544), None, torch.empty(40, 264).half())
+    assert held == [True] and memories[0]() is None

@@ -8,8 +8,8 @@ import pytest
 
 from awq import jit
 from awq.kernels.cuda import gemv
-from awq.kernels.cuda.gemv import MAX_ROWS, Plan, Shape, has_ring, max_rows, plan, variants
-from awq.kernels.cuda.layout import GROUPS
+from awq.kernels.cuda.gemv import MAX_ROWS, Plan, has_ring, max_rows, plan, variants
+from awq.kernels.cuda.layout import GROUPS, Gpu, Shape
 
 # Bytes of shared memory that a block may have, and multiprocessors.
 GPUS = {"sm_75": (64, 40), "sm_80": (163, 108), "sm_86": (99, 84), "sm_90a": (227, 132), "sm_100a": (227, 148)}
@@ -88,9 +88,7 @@ def test_which_gpus_have_a_ring() -> None:
 @pytest.mark.parametrize("arch", GPUS)
 def test_rows_a_launch(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
     kib, sms = GPUS[arch]
-    monkeypatch.setattr(gemv, "_arch", lambda device: arch)
-    monkeypatch.setattr(gemv, "_shared_memory", lambda device: 1024 * kib)
-    monkeypatch.setattr(gemv, "_multiprocessors", lambda device: sms)
+    monkeypatch.setattr(gemv, "gpu", lambda device: Gpu(arch, sms, 1024 * kib))
     narrow, wide = Shape(1024, 4096, 128, 0, False), Shape(200_000, 4096, 128, 0, False)
     assert (max_rows(narrow, 0), max_rows(wide, 0)) == (MAX_ROWS, 0)
     for shape, rows, found in plans(arch):
@@ -99,9 +97,7 @@ def test_rows_a_launch(monkeypatch: pytest.MonkeyPatch, arch: str) -> None:
 
 
 def test_no_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemv, "_arch", lambda device: "sm_75")
-    monkeypatch.setattr(gemv, "_shared_memory", lambda device: 64 * 1024)
-    monkeypatch.setattr(gemv, "_multiprocessors", lambda device: 40)
+    monkeypatch.setattr(gemv, "gpu", lambda device: Gpu("sm_75", 40, 64 * 1024))
     monkeypatch.setattr(jit, "kernel", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(ValueError, match="8 rows of 28672 channels do not fit"):
         gemv._launcher(0, Shape(28672, 4096, 128, 0, False), 8, True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from awq.kernels.cuda.designs import WGMMA, Design, dequantizes, designs, shared_limit, variants
-from awq.kernels.cuda.layout import GROUPS
-from awq.kernels.cuda.schedule import Plan, Shape, plan
+from awq.kernels.cuda.layout import GROUPS, Shape
+from awq.kernels.cuda.schedule import Plan, plan
 
 ARCHS = ["sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_103a", "sm_110a", "sm_120a", "sm_121a"]
 ROWS = [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 300, 777, 1024, 4096, 100_000]

@@ -1,4 +1,4 @@
-"""`python -m awq.bench.kernels.first_use`: seconds that a process's first use of a model's linears costs.
+"""`python -m awq.bench.kernels.first_use cuda:0`: seconds that a process's first use of a model's linears costs.
 
 In a process of its own, since a kernel is compiled or loaded once in each; AWQ_CACHE says which compiled ones it finds.
 Prints one JSON object.
@@ -19,12 +19,11 @@ from awq.linear import QuantLinear
 _ROWS = (1, 8, 16, 32, 64, 128, 512, 2048)
 
 
-def main() -> None:
-    device = torch.device("cuda")
+def main(device: torch.device) -> None:
     settings = [Setting(shape, 128, torch.float16) for shape in find_shapes(["llama-2-7b"])]
     weights = [random_linear(setting, device)[0] for setting in settings]
     inputs = {k: torch.randn(max(_ROWS), k, device=device).half() for k in {s.shape.in_features for s in settings}}
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
 
     def use() -> float:
         start = time.perf_counter()
@@ -33,13 +32,13 @@ def main() -> None:
             linear.prepare(keep_packed=True)
             for rows in _ROWS:
                 linear(inputs[packed.in_features][:rows])
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    with torch.inference_mode():
+    with torch.cuda.device(device), torch.inference_mode():
         first, again = use(), use()
     json.dump({"first_s": first, "again_s": again, "extra_s": first - again}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(torch.device(sys.argv[1]))

@@ -38,7 +38,7 @@ def measure_overheads(device: torch.device) -> dict[str, Any]:
             f"overheads are those of CUDA kernels, which {device} has not: use --device cuda."
         )
     with torch.cuda.device(device), torch.inference_mode():
-        return {"call": call_overhead(device), "first_use": first_use(), "repack": repacking(device)}
+        return {"call": call_overhead(device), "first_use": first_use(device), "repack": repacking(device)}
 
 
 def call_overhead(device: torch.device) -> dict[str, float]:
@@ -57,10 +57,10 @@ def call_overhead(device: torch.device) -> dict[str, float]:
     return microseconds | {"extra_us": microseconds["operator_us"] - microseconds["empty_us"]}
 
 
-def first_use() -> dict[str, Any]:
+def first_use(device: torch.device) -> dict[str, Any]:
     """First use of a model's linears in a new process: with an empty cache of kernels, then with what that one left."""
     with tempfile.TemporaryDirectory() as cache:
-        return {"cold": _first_use(cache), "warm": _first_use(cache)}
+        return {"cold": _first_use(cache, device), "warm": _first_use(cache, device)}
 
 
 def repacking(device: torch.device) -> dict[str, float]:
@@ -145,8 +145,8 @@ def _cpu_us(call: Callable[[], object], device: torch.device) -> float:
     return 1e6 * statistics.median(times) / _CALLS
 
 
-def _first_use(cache: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "awq.bench.kernels.first_use"]
+def _first_use(cache: str, device: torch.device) -> dict[str, float]:
+    command = [sys.executable, "-m", "awq.bench.kernels.first_use", str(device)]
     options: dict[str, Any] = {"env": os.environ | {"AWQ_CACHE": cache}, "capture_output": True, "text": True}
     try:
         done = subprocess.run(command, timeout=_PATIENCE_S, check=True, **options)

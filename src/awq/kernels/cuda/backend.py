@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,10 +16,13 @@ from awq.hardware import Device, describe, driver_version
 from awq.kernels.base import EVERY_ROW, GEMV_ROWS, LinearSpec, Weights
 from awq.kernels.cuda import crossover, designs, gemm, gemv, schedule
 from awq.kernels.cuda.layout import SOURCES, STEP, effective_group, to_units
-from awq.kernels.cuda.op import fitting_rows, linear
+from awq.kernels.cuda.op import WithGradient, fitting_rows, linear
+from awq.kernels.cuda.workspace import reserve
 from awq.packing import Outliers, PackedInt4
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What is computed in 16 bits, and up to which n both 2**n and 2**-n are numbers of it.
+_WIDE = {torch.float32: 126, torch.float64: 1022}
 
 
 class Cuda:
@@ -53,12 +56,15 @@ class Cuda:
         if weights is None:
             known = crossover.recall(key)
             return GEMV_ROWS if known is None else known
-        x = torch.ones(crossover.MOST_ROWS, spec.in_features, dtype=_half(spec.dtype), device=place.torch_device)
+
+        @cache
+        def ones() -> Tensor:
+            return torch.ones(crossover.MOST_ROWS, spec.in_features, dtype=_half(spec.dtype), device=place.torch_device)
 
         def run(version: str, rows: int) -> Tensor:
-            return self(x[:rows], weights, spec, EVERY_ROW if version == "GEMV" else 0)
+            return self(ones()[:rows], weights, spec, EVERY_ROW if version == "GEMV" else 0)
 
-        return crossover.find(key, run, x.device)
+        return crossover.find(key, run, torch.device(str(place.torch_device)))
 
     def prepare(
         self,
@@ -72,16 +78,17 @@ class Cuda:
                 torch.cuda.get_device_capability(device), effective_group(packed.group_size, packed.in_features), dtype
             )
         units = to_units(packed, outliers, device)
+        if units.codes.is_cuda:
+            reserve(units.codes.get_device())
         weights = {"cuda_codes": units.codes, "cuda_affine": units.affine}
         if units.kept is not None and units.index is not None:
             weights |= {"cuda_kept": units.kept, "cuda_index": units.index}
         return weights
 
     def __call__(self, x: Tensor, weights: Weights, spec: LinearSpec, gemv_rows: int) -> Tensor:
-        if x.dtype is torch.float32:
-            return self(x.to(_half(spec.dtype)), weights, spec, gemv_rows).float()
-        size = spec.group_size
-        y: Tensor = linear(
+        if x.dtype in _WIDE:
+            return self._scaled(x, weights, spec, gemv_rows)
+        arguments = (
             x,
             weights["cuda_codes"],
             weights["cuda_affine"],
@@ -90,10 +97,21 @@ class Cuda:
             weights.get("bias"),
             spec.in_features,
             spec.out_features,
-            size if size in (32, 64) else 128,
+            effective_group(spec.group_size, spec.in_features),
             gemv_rows,
         )
+        if x.requires_grad and torch.is_grad_enabled():
+            return WithGradient.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+        y: Tensor = linear(*arguments)
         return y
+
+    def _scaled(self, x: Tensor, weights: Weights, spec: LinearSpec, gemv_rows: int) -> Tensor:
+        """In 16 bits, each row of x scaled by a power of two to at most 1, so that it fits and so does its result."""
+        most, bias = _WIDE[x.dtype], weights.get("bias")
+        exponent = torch.frexp(x.detach().abs().amax(-1, keepdim=True)).exponent.clamp(-most, most)
+        scale = torch.exp2(exponent.to(x.dtype))
+        y = self((x / scale).to(_half(spec.dtype)), {**weights, "bias": None}, spec, gemv_rows) * scale
+        return y if bias is None else y + bias.to(x.dtype)
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:
@@ -109,15 +127,25 @@ def _is_here(device: Device) -> bool:
     return device.kind == "cuda" and device.torch_device is not None and not device.hypothetical
 
 
-@lru_cache
 def _obstacle(index: int) -> str | None:
     """What keeps GPU `index` from being compiled for, loaded and run: found by repacking the smallest weight."""
+    try:
+        return _lasting_obstacle(index)
+    except RuntimeError as error:  # torch's own, or the driver's want of memory: it may be gone the next time
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        return f"it does not run here now ({first.rstrip('.')})"
+
+
+@lru_cache
+def _lasting_obstacle(index: int) -> str | None:
     if reason := jit.missing():
         return reason
     device = torch.device("cuda", index)
     try:
         to_units(_smallest(device), None, device)
     except AwqError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise
         return str(error).rstrip(".")
     return None
 

@@ -20,10 +20,15 @@ import torch
 
 from awq.errors import ConfigError
 from awq.jit import cache_folder
+from awq.kernels.base import GEMV_ROWS
 
 # GEMV reads the weight again for every 8 rows more, so it is never the faster one there.
 MOST_ROWS = 8
 _ROUNDS = 5  # of which the median counts: 5 ms for a linear
+
+# Bytes: what a GPU of 8 TB/s writes in 50 us, longer than the CPU takes to enqueue a call and its events. Written to a
+# part of it again and again, since a GPU that holds a model may have little memory left.
+_WRITTEN, _LEAST_FLUSHED = 400_000_000, 64_000_000
 
 Run = Callable[[str, int], object]  # a version and a number of rows
 
@@ -41,10 +46,13 @@ def recall(key: str) -> int | None:
 
 
 def find(key: str, run: Run, device: torch.device) -> int:
-    """The rows known under `key`, else as `run` measures them now, which is remembered."""
+    """The rows known under `key`, else as `run` measures them now, which is remembered; GEMV_ROWS short of memory."""
     rows = recall(key)
     if rows is None:
-        gemv, gemm = _measure(run, device)
+        try:
+            gemv, gemm = _measure(run, device)
+        except torch.OutOfMemoryError:
+            return GEMV_ROWS
         rows = _known()[key] = best_limit(gemv, gemm)
         _save(key, rows)
     return rows
@@ -58,14 +66,25 @@ def best_limit(gemv: Sequence[float], gemm: Sequence[float]) -> int:
     return min(range(1, len(gemv) + 1), key=lambda limit: sum(gemv[:limit]) + sum(gemm[limit:]))
 
 
+class Flush:
+    """Empties the L2 cache, and keeps the GPU busy while the CPU enqueues: events see a call, not its launch."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, _LEAST_FLUSHED)
+        self._memory, self._times = torch.empty(size, dtype=torch.int8, device=device), -(-_WRITTEN // size)
+
+    def __call__(self) -> None:
+        for _ in range(self._times):
+            self._memory.zero_()
+
+
 def _measure(run: Run, device: torch.device) -> tuple[list[float], list[float]]:
     """Milliseconds of each version for 1 to MOST_ROWS rows: medians, all in turn, the weight not in the L2 cache."""
     calls = [(version, rows) for version in ("GEMV", "GEMM") for rows in range(1, MOST_ROWS + 1)]
     with torch.cuda.device(device):
+        flush = Flush(device)
         for call in calls:
             run(*call)  # compiles and loads what it needs
-        # Empties the cache, and keeps the GPU busy while the CPU enqueues: the events see the kernel, not its launch.
-        flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
         marks = [[_timed(run, call, flush) for call in calls] for _ in range(_ROUNDS)]
         torch.cuda.synchronize(device)
     columns = zip(*marks, strict=True)
@@ -73,9 +92,9 @@ def _measure(run: Run, device: torch.device) -> tuple[list[float], list[float]]:
     return times[:MOST_ROWS], times[MOST_ROWS:]
 
 
-def _timed(run: Run, call: tuple[str, int], flush: torch.Tensor) -> tuple[Any, Any]:
+def _timed(run: Run, call: tuple[str, int], flush: Flush) -> tuple[Any, Any]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
+    flush()
     start.record()
     run(*call)
     end.record()

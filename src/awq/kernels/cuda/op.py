@@ -14,8 +14,9 @@ from torch import Tensor
 
 from awq.errors import AwqError
 from awq.kernels.cuda import gemm, gemv
-from awq.kernels.cuda.layout import Units
+from awq.kernels.cuda.layout import Shape, Units
 
+_MOST_STRIDE = 2**31  # elements from one row of x to the next: kernels take a 32-bit number
 _LIBRARY = torch.library.Library("awq", "FRAGMENT")
 _LIBRARY.define(
     "linear(Tensor x, Tensor codes, Tensor affine, Tensor? kept, Tensor? index, Tensor? bias, "
@@ -54,7 +55,7 @@ def launch(
     if rows == 0:
         return y
     stride, step = x.stride()
-    if step != 1 or stride % 8 or stride < in_features or in_features % 8 or x.data_ptr() % 16:
+    if step != 1 or stride % 8 or not in_features <= stride < _MOST_STRIDE or in_features % 8 or x.data_ptr() % 16:
         x = _aligned(x)
     if bias is not None and bias.dtype is not x.dtype:
         bias = bias.to(x.dtype)
@@ -78,6 +79,27 @@ _LIBRARY.impl("linear", shape_only, "Meta")
 linear = torch.ops.awq.linear.default
 
 
+class WithGradient(torch.autograd.Function):
+    """`linear` for an x that requires a gradient. In Python's hands: an autograd kernel would cost every call."""
+
+    @staticmethod
+    def forward(x: Tensor, *others: Any) -> Tensor:
+        y: Tensor = linear(x, *others)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
+        _, *weights, ctx.in_features, ctx.out_features, ctx.group, _ = inputs
+        ctx.save_for_backward(*weights[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad (W + R), where the identity times the weight is its transpose. The weight has no gradient."""
+        identity = torch.eye(ctx.in_features, dtype=grad.dtype, device=grad.device)
+        weight = linear(identity, *ctx.saved_tensors, None, ctx.in_features, ctx.out_features, ctx.group, 0)
+        return grad @ weight.t(), *[None] * 9
+
+
 def _multiply(x: Tensor, rows: int, units: Units, bias: Tensor | None, y: Tensor, gemv_rows: int) -> None:
     if rows > gemv_rows:
         gemm.gemm(x, units, bias, y)
@@ -97,7 +119,7 @@ def _launch_rows(index: int, units: Units) -> int:
 @lru_cache(4096)
 def fitting_rows(index: int, in_features: int, out_features: int, group: int, kept_steps: int) -> int:
     """The same by numbers; 0 where not even one row fits, and `Cuda` rejects the linear."""
-    return gemv.max_rows(gemv.Shape(in_features, out_features, group, kept_steps, bf16=False), index)
+    return gemv.max_rows(Shape(in_features, out_features, group, kept_steps, bf16=False), index)
 
 
 def _aligned(x: Tensor) -> Tensor:
