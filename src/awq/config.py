@@ -57,7 +57,7 @@ class QuantConfig:
     scale: bool = True
     clip: bool = True
     refit: bool = True
-    effort: str = "fast"
+    effort: str = "balanced"
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):

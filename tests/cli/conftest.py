@@ -10,7 +10,7 @@ from awq.config import QuantConfig
 from awq.recipe import quantize_folder
 from tests.tiny import save_tiny
 
-CONFIG = QuantConfig(group_size=32, outlier_ratio=0.05)
+CONFIG = QuantConfig(group_size=32, outlier_ratio=0.05, effort="fast")
 
 
 @pytest.fixture(scope="session")

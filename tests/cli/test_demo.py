@@ -55,7 +55,7 @@ def test_plain_rounding_is_the_grid_of_the_algorithm() -> None:
 def report(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The demo's report on the tiny model, with its own small settings."""
     monkeypatch.setattr(demo, "find_embedded_model", lambda: tiny)
-    monkeypatch.setattr(demo, "CONFIG", QuantConfig(group_size=64, outlier_ratio=0.05))
+    monkeypatch.setattr(demo, "CONFIG", QuantConfig(group_size=64, outlier_ratio=0.05, effort="fast"))
     for name, value in {"SAMPLES": 4, "SEQ_LEN": 64, "WINDOW": 64, "MAX_WINDOWS": 2, "SHAPES": ("64x64",)}.items():
         monkeypatch.setattr(demo, name, value)
     result = run("demo", "--output", tmp_path, "--device", "cpu", "--json")

@@ -10,11 +10,12 @@ def test_as_json(quantized: Path) -> None:
     found = run_json("inspect", quantized)
     assert (found["bits"], found["group_size"], found["zero_point"], found["layout"]) == (4, 32, True, "gemm")
     assert len(found["linears"]) == 14
-    assert found["outlier_ratio"] == 0.05
+    assert (found["outlier_ratio"], found["effort"]) == (0.05, "fast")
     assert found["calibration"].endswith("built-in prose")
     assert found["not_converted"] == {"lm_head": "outside the blocks"}
     for name, linear in found["linears"].items():
         assert linear["name"] == name
+        assert linear["rounding"] in ("plain", "compensated")
         assert linear["loss"] <= linear["loss_rounding"]
         assert linear["loss_with_outliers"] > 0
     assert found["fp16_channels"] == sum(linear["outliers"] for linear in found["linears"].values())

@@ -53,13 +53,14 @@ def test_defaults(calls: list[tuple[Any, ...]]) -> None:
 
 def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
     flags = (
-        "--bits 4 --group-size 64 --symmetric --version gemv --outlier-ratio 0.01 --modules-to-not-convert a "
-        "--modules-to-not-convert b --calibration code --calibration more.txt --text-column body "
-        "--samples 8 --seq-len 256 --device cpu --seed 3 --overwrite --revision v1 --trust-remote-code --verify full"
+        "--bits 4 --group-size 64 --symmetric --version gemv --outlier-ratio 0.01 --effort balanced "
+        "--modules-to-not-convert a --modules-to-not-convert b --calibration code --calibration more.txt "
+        "--text-column body --samples 8 --seq-len 256 --device cpu --seed 3 --overwrite "
+        "--revision v1 --trust-remote-code --verify full"
     )
     assert run("quantize", "model", "-o", "out", *flags.split()).exit_code == 0
     ((_, _, config, options),) = calls
-    assert config == QuantConfig(4, 64, False, "gemv", ("a", "b"), 0.01)
+    assert config == QuantConfig(4, 64, False, "gemv", ("a", "b"), 0.01, effort="balanced")
     assert options == {
         "calibration": ("code", "more.txt"),
         "text_column": "body",

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
-from awq.algorithm.propagate import Propagation, enter_both, find_residuals
+from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
 from awq.algorithm.scale import search_scale
 from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain, solve, solve_propagated
+from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
 from awq.linears import linear_shape
@@ -62,9 +63,8 @@ def quantize_blocks(
             name = f"{prefix}.{index}"
             origin = next(block.parameters()).device
             stored_in = storage_dtype(block)
-            inputs = [chunk.hidden for chunk in chunks]
             with lifted(block, device):
-                structure, stats = _look(block, index, chunks, probe)
+                structure, stats, streams = _look(block, index, chunks, probe, propagated)
                 linears = {
                     linear: Linear(module, stats.get(linear), config)
                     for linear, module in block.named_modules()
@@ -75,7 +75,6 @@ def quantize_blocks(
                         _scale_group(block, group, linears, config, stored_in)
                 sets = _sets(structure, linears)
                 if propagated:
-                    streams = Propagation(block, index, chunks, inputs, _residuals(block, index, probe))
                     results = _propagate(streams, sets, config, columns)
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
@@ -87,7 +86,7 @@ def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, c
     results: Results = {}
     passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
     for together in passes:
-        moments = streams.measure([tuple(part) for part in together])
+        moments = streams.measure([{name: linear.column_scale for name, linear in part.items()} for part in together])
         for part, (fit, held_out) in zip(together, moments, strict=True):
             results |= solve_propagated(part, fit, held_out, config, columns)
         streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
@@ -103,18 +102,23 @@ def _sets(structure: Structure, linears: Linears) -> list[Linears]:
     return [part for part in sets if part]
 
 
-def _look(block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk) -> tuple[Structure, dict[str, InputStats]]:
-    """The block's structure, and its inputs' statistics; the chunks move on to its output."""
-    probe.hidden = chunks[0].hidden[:1, : probe.hidden.shape[1]].clone()
-    with fast_matmul(enabled=False):
-        structure = find_structure(block, lambda: probe.calls[index].run(block, probe.hidden))
-    with fast_matmul():
-        return structure, capture(block, index, chunks, structure.input_sets)
+def _look(
+    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
+) -> tuple[Structure, dict[str, InputStats], Propagation]:
+    """The block's structure, its inputs' statistics, and both streams before it; the chunks move on to its output."""
+    inputs = [chunk.hidden for chunk in chunks]
+    probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
+    def run() -> Tensor:
+        return probe.calls[index].run(block, probe.hidden)
 
-def _residuals(block: nn.Module, index: int, probe: Chunk) -> dict[str, str]:
     with fast_matmul(enabled=False):
-        return find_residuals(block, lambda: probe.calls[index].run(block, probe.hidden), probe.hidden)
+        structure = find_structure(block, run)
+        residuals = find_residuals(block, run, probe.hidden) if propagated else {}
+    points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
+    with fast_matmul(), recorded(block, points) as exact:
+        stats = capture(block, index, chunks, structure.input_sets)
+    return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:

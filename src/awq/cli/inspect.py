@@ -30,9 +30,10 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
         print_json({**facts, "linears": linears, "not_converted": report.get("not_converted", {})})
         return
     print_facts(str(opened.path), facts | {"size_bytes": format_bytes(facts["size_bytes"])})
-    columns = ("linear", "N x K", "bits", "group", "scaled by", "fp16 channels", *LOSSES.values(), "fallback")
+    columns = ("linear", "N x K", "bits", "group", "scaled by", "rounding", "fp16 channels")
     title = "Linears; losses are the output error on the calibration text over the output's power"
-    print_table(title, columns, (_row(linears[name]) for name in sorted(linears, key=_in_order)))
+    rows = (_row(linears[name]) for name in sorted(linears, key=_in_order))
+    print_table(title, (*columns, *LOSSES.values(), "fallback"), rows)
 
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,8 @@ def _recipe(report: dict[str, Any]) -> dict[str, Any]:
     recipe = report.get("recipe", {})
     sources = recipe.get("calibration", {}).get("sources", [])
     config = recipe.get("config", {})
-    known = {"calibration": "; ".join(sources), "outlier_ratio": config.get("outlier_ratio")}
+    settings = {key: config.get(key) for key in ("outlier_ratio", "effort")}
+    known = {"calibration": "; ".join(sources), **settings}
     return known if report else {}
 
 
@@ -79,7 +81,7 @@ def _describe(opened: Checkpoint, name: str, report: dict[str, Any]) -> dict[str
         "in_features": shape.in_features,
         "bits": opened.quant.bits,
         "group_size": shape.group_size,
-        **{key: known.get(key) for key in ("scaled_by", "outliers", *LOSSES, "fallback")},
+        **{key: known.get(key) for key in ("scaled_by", "rounding", "outliers", *LOSSES, "fallback")},
     }
 
 
@@ -90,7 +92,7 @@ def _in_order(name: str) -> list[tuple[bool, int, str]]:
 
 def _row(linear: dict[str, Any]) -> tuple[object, ...]:
     shape = f"{linear['out_features']} x {linear['in_features']}"
-    keys = ("bits", "group_size", "scaled_by", "outliers", *LOSSES, "fallback")
+    keys = ("bits", "group_size", "scaled_by", "rounding", "outliers", *LOSSES, "fallback")
     return linear["name"], shape, *(linear[key] for key in keys)
 
 

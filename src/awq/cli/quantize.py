@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 DEFAULTS = QuantConfig()
 
 
+class Effort(StrEnum):
+    FAST = "fast"
+    BALANCED = "balanced"
+
+
+DEFAULT_EFFORT = Effort(DEFAULTS.effort)
+
+
 class Verify(StrEnum):
     NONE = "none"
     QUICK = "quick"
@@ -43,6 +51,12 @@ def quantize(
     outlier_ratio: Annotated[
         float, typer.Option(help=f"Share of input channels kept in fp16, 0 (off) to {MAX_OUTLIER_RATIO}.")
     ] = DEFAULTS.outlier_ratio,
+    effort: Annotated[
+        Effort,
+        typer.Option(
+            help="fast: scale, clip, plain rounding; balanced: compensated rounding, behind what is quantized already."
+        ),
+    ] = DEFAULT_EFFORT,
     modules_to_not_convert: Annotated[
         list[str] | None, typer.Option(help="Part of the name of linears that stay float; repeatable.")
     ] = None,
@@ -71,6 +85,7 @@ def quantize(
         zero_point=zero_point,
         version=version,
         outlier_ratio=outlier_ratio,
+        effort=effort.value,
         modules_to_not_convert=tuple(modules_to_not_convert or ()),
     )
     if bits != DEFAULTS.bits:

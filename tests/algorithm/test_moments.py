@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import Tensor
+
+from awq.algorithm.moments import RESIDUAL, RIDGE, Moments
+
+
+def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Float and quantized input, the residual stream's error, and a weight."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(500, 32, generator=generator) @ torch.randn(32, 32, generator=generator)
+    x = exact + 0.3 * exact.roll(1, 1)
+    lag = 0.2 * exact[:, :16] + torch.randn(500, 16, generator=generator)
+    return exact, x, lag, torch.randn(16, 32, generator=generator)
+
+
+def measured(exact: Tensor, x: Tensor, lag: Tensor | None, weight: Tensor, parts: int = 1) -> Moments:
+    moments = Moments.empty(32, torch.device("cpu"))
+    lags = [None] * parts if lag is None else lag.chunk(parts)
+    for e, part, g in zip((exact - x).chunk(parts), x.chunk(parts), lags, strict=True):
+        named = {} if g is None else {"linear": g}
+        moments.add(part, e, named)
+        moments.add_missed({"linear": weight}, e, named)
+    moments.finish()
+    return moments
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_loss_is_the_distance_to_the_target(writes: bool, parts: int) -> None:
+    exact, x, lag, weight = streams()
+    moments = measured(exact, x, lag if writes else None, weight, parts)
+    trial = weight + 0.1 * torch.randn_like(weight)
+    target = exact @ weight.t() + (RESIDUAL * lag if writes else 0)
+    expected = (target - x @ trial.t()).square().mean(0)
+    rows = moments.row_losses("linear", weight, moments.wanted("linear", weight), trial)
+    assert torch.allclose(rows, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_the_corrected_weight_is_the_ridge_regression_on_the_target(writes: bool) -> None:
+    exact, x, lag, weight = streams()
+    moments = measured(exact, x, lag if writes else None, weight)
+    target = exact @ weight.t() + (RESIDUAL * lag if writes else 0)
+    gram = x.t() @ x / 500
+    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(32)
+    expected = weight + torch.linalg.solve(damped, x.t() @ (target - x @ weight.t()) / 500).t()
+    corrected = moments.corrected("linear", weight)
+    assert torch.allclose(corrected, expected, atol=1e-4)
+    wanted = moments.wanted("linear", weight)
+    before, after = (moments.row_losses("linear", weight, wanted, w).sum() for w in (weight, corrected))
+    assert after < 0.9 * before
+
+
+def test_equal_streams_ask_for_no_correction() -> None:
+    exact, _, _, weight = streams()
+    moments = Moments.empty(32, torch.device("cpu"))
+    moments.add(exact, None, {})
+    moments.add_missed({"linear": weight}, None, {})
+    moments.finish()
+    assert torch.equal(moments.corrected("linear", weight), weight)
+    assert not moments.missed
+
+
+def test_no_token_and_values_that_are_not_finite_are_of_no_use() -> None:
+    exact, x, lag, weight = streams()
+    assert not Moments.empty(32, torch.device("cpu")).usable
+    assert measured(exact, x, lag, weight).usable
+    assert not measured(exact * float("nan"), x, lag, weight).usable
+    assert not measured(exact, x, lag * float("inf"), weight).usable
+
+
+def test_dead_channels_are_harmless() -> None:
+    exact, x, lag, weight = streams()
+    exact[:, 3], x[:, 3] = 0, 0
+    assert measured(exact, x, lag, weight).corrected("linear", weight).isfinite().all()
+    moments = measured(exact * 0, x * 0, lag * 0, weight)
+    assert torch.equal(moments.corrected("linear", weight), weight)
