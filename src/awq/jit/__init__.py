@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from awq.jit import nvrtc
-from awq.jit.cache import cache_folder, fetch, key_of
+from awq.jit.cache import cache_folder, fetch, key_of, replace_file
 from awq.jit.launch import Kernel, Launcher, Library, capture_id, programmatic, tensor_map
 from awq.jit.nvrtc import Compiled, Defines, arch_of, architectures, missing
 
@@ -28,6 +28,7 @@ __all__ = [
     "missing",
     "prefetch",
     "programmatic",
+    "replace_file",
     "tensor_map",
 ]
 

@@ -109,17 +109,24 @@ def _read(file: Path) -> bytes | None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
-            temporary = Path(handle.name)
-            handle.write(hashlib.sha256(content).digest() + content)
-        temporary.replace(file)
+        replace_file(file, hashlib.sha256(content).digest() + content)
     except OSError as error:
         _warn_of(file.parent, error.strerror or str(error))
-        if temporary is not None:
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Put `content` there whole, or leave what was there and nothing beside it. Raises OSError."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
+        temporary = Path(handle.name)
+        try:
+            handle.write(content)
+            handle.close()  # or Windows could not rename it
+            temporary.replace(file)
+        except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            raise
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_written(
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(crossover.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refuse)
     with caplog.at_level(logging.WARNING, "awq"):
         assert [find(), find(), find("another")] == [4, 4, 4]
     assert len(measured) == 2

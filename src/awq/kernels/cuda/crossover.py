@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from awq.errors import ConfigError
-from awq.jit import cache_folder
+from awq.jit import cache_folder, replace_file
 from awq.kernels.base import GEMV_ROWS
 
 # GEMV reads the weight again for every 8 rows more, so it is never the faster one there.
@@ -123,17 +121,11 @@ def _save(key: str, rows: int) -> None:
     folder = cache_folder("crossover")
     if folder is None:  # which was said
         return
-    temporary = None
+    file = folder / "rows.json"
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, delete=False) as handle:
-            temporary = Path(handle.name)
-            json.dump({**_read(folder / "rows.json"), key: rows}, handle, indent=1)
-        temporary.replace(folder / "rows.json")
+        replace_file(file, json.dumps({**_read(file), key: rows}, indent=1).encode())
     except OSError as error:
         _warn_of(folder, str(error))
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 @lru_cache
