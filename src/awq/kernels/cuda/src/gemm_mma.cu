@@ -92,35 +92,51 @@ struct Place {
 // 16 bytes on their way to shared memory, of which the first `bytes` exist and the rest is 0.
 struct Piece { u32 to; const u8* from; int bytes; };
 
-struct Pieces {
+// The pieces of a thread among the FILLERS that fill a stage. Addresses are worked out once a segment: done piece by
+// piece, they made cp.async half as fast as tensor copies.
+template <int FILLERS> struct Pieces {
+  static constexpr int TILE = SLICES * 32, ROW = SLICES * 8;  // of a tile's codes in a stage, and of a row of x
+  static constexpr int CODES = BLOCK_TILES * TILE / FILLERS, X = TOKENS * ROW / FILLERS, SCALES = STAGE_AFFINE / 16;
+  static constexpr int AFFINE = (SCALES + FILLERS - 1) / FILLERS;
+  static_assert(FILLERS % TILE == 0 && BLOCK_TILES * TILE % FILLERS == 0 && TOKENS * ROW % FILLERS == 0, "shape");
+
   const Params& p;
+  const int first, first_tile, units;
+  const u8 *code_bytes, *x_bytes;  // of the thread's first piece in step 0
+  const u64 code_stride, x_stride;  // bytes from a piece to its next
+  const int tiles, rows, width;    // left from the thread's first piece on, and channels
   u32 stage, affine;
-  int row_block, token_tile, step;
+  int step;
 
-  static constexpr int CODES = CODE_BYTES / 16, AFFINE = STAGE_AFFINE / 16, X = X_BYTES / 16;
+  DEVICE Pieces(const Params& p, int first, int row_block, int token_tile)
+      : p(p), first(first), first_tile(row_block * BLOCK_TILES), units((p.in_features + UNIT_K - 1) / UNIT_K),
+        code_bytes(p.code_bytes + (u64)(first_tile + first / TILE) * units * UNIT_BYTES + first % TILE * 16),
+        x_bytes((const u8*)(p.x_values + (u64)(token_tile * TOKENS + first / ROW) * p.x_stride + first % ROW * 8)),
+        code_stride((u64)(FILLERS / TILE) * units * UNIT_BYTES), x_stride((u64)(FILLERS / ROW) * p.x_stride * 2),
+        tiles((p.out_features + 15) / 16 - first_tile - first / TILE),
+        rows(p.rows - token_tile * TOKENS - first / ROW), width(p.in_features - first % ROW * 8) {}
 
-  DEVICE int tile(int i) const { return row_block * BLOCK_TILES + i; }
-  DEVICE int tiles() const { return (p.out_features + 15) / 16; }
-  DEVICE int units() const { return (p.in_features + UNIT_K - 1) / UNIT_K; }
-  DEVICE int unit() const { return step * SLICES / 4; }
-
-  DEVICE Piece codes(int i) const {
-    int t = i / (SLICES * 32), within = (step * SLICES % 4) * 512 + i % (SLICES * 32) * 16;
-    bool there = tile(t) < tiles();
-    u64 at = there ? ((u64)tile(t) * units() + unit()) * UNIT_BYTES + within : 0;
-    return {stage + X_BYTES + i * 16, p.code_bytes + at, there ? 16 : 0};
+  DEVICE void go_to(int to_step, u32 to_stage, u32 to_affine) {
+    step = to_step;
+    stage = to_stage;
+    affine = to_affine;
   }
-  DEVICE Piece scales(int i) const {
+  DEVICE Piece codes(int j) const {
+    bool there = j * (FILLERS / TILE) < tiles;
+    return {stage + X_BYTES + (j * FILLERS + first) * 16, code_bytes + j * code_stride + step * (SLICES * 512), there ? 16 : 0};
+  }
+  DEVICE Piece scales(int j) const {
     constexpr int EACH = AFFINE_BYTES / 16;
-    bool there = tile(i / EACH) < tiles();
-    u64 at = there ? ((u64)tile(i / EACH) * units() + unit()) * AFFINE_BYTES + i % EACH * 16 : 0;
+    int i = j * FILLERS + first, tile = first_tile + i / EACH;
+    bool there = i < SCALES && tile < (p.out_features + 15) / 16;
+    u64 at = there ? ((u64)tile * units + step * SLICES / 4) * AFFINE_BYTES + i % EACH * 16 : 0;
     return {affine + i * 16, p.affine_bytes + at, there ? 16 : 0};
   }
-  DEVICE Piece tokens(int i) const {
-    int t = i / (SLICES * 8), c = i % (SLICES * 8), row = token_tile * TOKENS + t, k = step * STEP_K + c * 8;
-    int bytes = row < p.rows ? max(0, min(16, 2 * (p.in_features - k))) : 0;
-    u64 at = bytes ? (u64)row * p.x_stride + k : 0;
-    return {stage + (c >> 3) * X_SLICE + t * 128 + (((c & 7) ^ (t & 7)) << 4), (const u8*)(p.x_values + at), bytes};
+  DEVICE bool has_scales(int j) const { return j * FILLERS + first < SCALES; }
+  DEVICE Piece tokens(int j) const {
+    int t = j * (FILLERS / ROW) + first / ROW, c = first % ROW;
+    int bytes = j * (FILLERS / ROW) < rows ? max(0, min(16, 2 * (width - step * STEP_K))) : 0;
+    return {stage + (c >> 3) * X_SLICE + t * 128 + (((c & 7) ^ (t & 7)) << 4), x_bytes + j * x_stride + step * (STEP_K * 2), bytes};
   }
 };
 
@@ -140,32 +156,25 @@ DEVICE uint4 load_piece(const Piece& c) {
 
 // PLAIN: the next stage in registers.
 struct Held {
-  static constexpr int CODES = (Pieces::CODES + THREADS - 1) / THREADS, X = (Pieces::X + THREADS - 1) / THREADS,
-                       AFFINE = (Pieces::AFFINE + THREADS - 1) / THREADS;
-  uint4 codes[CODES], tokens[X], scales[AFFINE];
+  using From = Pieces<CONSUMER_THREADS>;
+  uint4 codes[From::CODES], tokens[From::X], scales[From::AFFINE];
 
-  DEVICE void load(const Pieces& from) {
+  DEVICE void load(const From& from) {
 #pragma unroll
-    for (int i = 0; i < CODES; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) codes[i] = load_piece(from.codes(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::CODES; j++) codes[j] = load_piece(from.codes(j));
 #pragma unroll
-    for (int i = 0; i < AFFINE; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE) scales[i] = load_piece(from.scales(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::AFFINE; j++) scales[j] = load_piece(from.scales(j));
 #pragma unroll
-    for (int i = 0; i < X; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::X) tokens[i] = load_piece(from.tokens(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::X; j++) tokens[j] = load_piece(from.tokens(j));
   }
-  DEVICE void store(const Pieces& to) const {
+  DEVICE void store(const From& to) const {
 #pragma unroll
-    for (int i = 0; i < CODES; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) store_shared16(to.codes(i * THREADS + threadIdx.x).to, codes[i]);
+    for (int j = 0; j < From::CODES; j++) store_shared16(to.codes(j).to, codes[j]);
 #pragma unroll
-    for (int i = 0; i < AFFINE; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE)
-        store_shared16(to.scales(i * THREADS + threadIdx.x).to, scales[i]);
+    for (int j = 0; j < From::AFFINE; j++)
+      if (to.has_scales(j)) store_shared16(to.scales(j).to, scales[j]);
 #pragma unroll
-    for (int i = 0; i < X; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::X) store_shared16(to.tokens(i * THREADS + threadIdx.x).to, tokens[i]);
+    for (int j = 0; j < From::X; j++) store_shared16(to.tokens(j).to, tokens[j]);
   }
 };
 
@@ -195,6 +204,9 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
   Segment s;
   while (schedule.next(s)) {
     const Place at(p, s.tile);
+#if COPY == 1
+    Pieces<PRODUCERS * 32> pieces(p, threadIdx.x - CONSUMER_THREADS, at.row_block, at.token_tile);
+#endif
     for (int step = s.first; step < s.last; step++) {
       barrier_wait(ring.empty(), ring.parity);
 #if COPY == 2
@@ -209,14 +221,15 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
       }
       __syncwarp();
 #else
-      Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, step};
-      int first = threadIdx.x - CONSUMER_THREADS;
-#pragma unroll 4
-      for (int i = first; i < Pieces::CODES; i += PRODUCERS * 32) copy_piece(pieces.codes(i));
-      for (int i = first; i < Pieces::AFFINE; i += PRODUCERS * 32) copy_piece(pieces.scales(i));
+      pieces.go_to(step, ring.data(), ring.affine());
+#pragma unroll
+      for (int j = 0; j < pieces.CODES; j++) copy_piece(pieces.codes(j));
+#pragma unroll
+      for (int j = 0; j < pieces.AFFINE; j++)
+        if (pieces.has_scales(j)) copy_piece(pieces.scales(j));
       if (!waited) wait_for_earlier_kernels();
-#pragma unroll 4
-      for (int i = first; i < Pieces::X; i += PRODUCERS * 32) copy_piece(pieces.tokens(i));
+#pragma unroll
+      for (int j = 0; j < pieces.X; j++) copy_piece(pieces.tokens(j));
       arrive_after_copies(ring.full());
 #endif
       waited = true;
@@ -420,18 +433,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 
 #if COPY == 0
     Held held;
-    Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, s.first};
+    Held::From pieces(p, threadIdx.x, at.row_block, at.token_tile);
+    pieces.go_to(s.first, ring.data(), ring.affine());
     held.load(pieces);
 #endif
 #pragma unroll 1
     for (int step = s.first; step < s.last; step++) {
 #if COPY == 0
       // One barrier a step: a stage is written again only after the barrier of the step between.
-      pieces.stage = ring.data();
-      pieces.affine = ring.affine();
+      pieces.go_to(step, ring.data(), ring.affine());
       held.store(pieces);
       __syncthreads();
-      pieces.step = step + 1;
+      pieces.go_to(step + 1, ring.data(), ring.affine());
       if (step + 1 < s.last) held.load(pieces);
 #else
       barrier_wait(ring.full(), ring.parity);

@@ -32,9 +32,6 @@
 #ifndef WARPS  // that multiply
 #define WARPS 16
 #endif
-#ifndef EVERY_LANE  // 1 for compute-sanitizer's racecheck, which does not follow an order through __syncwarp
-#define EVERY_LANE 0
-#endif
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
@@ -100,33 +97,30 @@ DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WA
 
 // -------------------------------------------------------------- signals between warps, also where there is no mbarrier
 
-// `count` signals of warps, or of one thread.
-DEVICE void signal_init(u32 at, u32 count, bool warps = true) {
-  if (EVERY_LANE && warps) count *= 32;
+// Every lane of a warp signals for itself: one that spoke for all after __syncwarp was no faster with one row, 1 % with
+// several, and racecheck does not follow such an order.
+DEVICE void signal_init(u32 at, u32 warps) {
 #if __CUDA_ARCH__ >= 800
-  barrier_init(at, count);
+  barrier_init(at, 32 * warps);
 #else
   asm volatile("st.shared.u64 [%0], %1;" ::"r"(at), "l"(0ull) : "memory");
 #endif
 }
-// By a whole warp, whose accesses before are over: one lane speaks for all.
 DEVICE void signal(u32 at) {
-  __syncwarp();
-  if (EVERY_LANE || threadIdx.x % 32 == 0)
 #if __CUDA_ARCH__ >= 800
-    barrier_arrive(at);
+  barrier_arrive(at);
 #else
-    asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");
 #endif
 }
-// Until `count` signals came for the `turn`-th time (from 0; -1 is over at once).
-DEVICE void await(u32 at, int turn, int count) {
+// Until `warps` warps signalled for the `turn`-th time (from 0; -1 is over at once).
+DEVICE void await(u32 at, int turn, int warps) {
 #if __CUDA_ARCH__ >= 800
   barrier_wait(at, turn & 1);
 #else
   int seen;
   do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(at) : "memory");
-  while (seen < (turn + 1) * count * (EVERY_LANE ? 32 : 1));
+  while (seen < (turn + 1) * warps * 32);
 #endif
 }
 
@@ -184,13 +178,13 @@ DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 // and all of 28672 channels at once took 2 us in which the math stood still.
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
-  int k = 16 * (part >> 1) + 4 * (part & 1);
-  uint2 lower = k < p.in_features ? load_fresh8(p.x + k) : make_uint2(0, 0);
-  uint2 upper = k + 8 < p.in_features ? load_fresh8(p.x + k + 8) : make_uint2(0, 0);
-  return make_uint4(lower.x, lower.y, upper.x, upper.y);
+  return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
 }
+// Two lanes loaded 0..7 and 8..15 of a k16 step; each gets 4 of both.
 DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
-  make_planes(s, raw, part < p.units * (UNIT_K / 8), part);
+  bool upper = part & 1;
+  u32 x = __shfl_xor_sync(~0u, upper ? raw.x : raw.z, 1), y = __shfl_xor_sync(~0u, upper ? raw.y : raw.w, 1);
+  make_planes(s, upper ? make_uint4(x, y, raw.z, raw.w) : make_uint4(raw.x, raw.y, x, y), part < p.units * (UNIT_K / 8), part);
 }
 
 // Several rows: 8 k of each to where they are.
@@ -204,10 +198,10 @@ DEVICE void copy_part(const Params& p, const Layout& s, int part) {
     if (row < p.rows) store_shared16(s.x + row * s.pitch + part * 16, raw[row]);
 }
 #if AWQ_RING
-// Of more than a stage's channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of that
-// many slower (4096 x 4096: 5.2 and 4.9). Math warps await them chunk by chunk; what lies beyond the channels is zero.
+// Of more than two stages' channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of fewer
+// slower (4096 x 4096: 5.2 and 4.6). Math warps await them chunk by chunk; what lies beyond the channels is zero.
 constexpr int CHUNK_K = 8 * MATH_THREADS;
-DEVICE bool copies_rows(const Params& p) { return !ONE && !keeps(p); }
+DEVICE bool copies_rows(const Params& p) { return !ONE && p.units > 2 * WARPS; }
 DEVICE void copy_rows(const Params& p, const Layout& s, int lane) {
   if (lane == 0)
     for (int i = 0; i < chunks_of(p); i++) {
@@ -497,16 +491,22 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     }
   } else {
 #if AWQ_RING
-    clear_beyond(p, s, thread);
+    if (copies_rows(p)) {
+      clear_beyond(p, s, thread);
 #pragma unroll 1
-    for (int i = 0; i < chunks; i++) {
-      barrier_wait(full_chunk(s, i), 0);
-      stage();
+      for (int i = 0; i < chunks; i++) {
+        barrier_wait(full_chunk(s, i), 0);
+        stage();
+      }
+    } else
+#endif
+    {
+      wait_for_earlier_kernels();
+#pragma unroll 2
+      for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
+      named_barrier(1, MATH_THREADS);
     }
-#else
-    wait_for_earlier_kernels();
-    for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
-    named_barrier(1, MATH_THREADS);
+#if !AWQ_RING
     if (tile < count) fetch(w, tile, unit);  // not before: too few registers for both
 #endif
   }
@@ -646,9 +646,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
   if (warp == WARPS + 1) {
     Copier copier(p);
     if (lane == 0) {
-      for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1, false);
+      for (int i = 0; i < p.stages; i++) barrier_init(full_stage(s, i), 1);
       if (copies_rows(p))
-        for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1, false);
+        for (int i = 0; i < chunks_of(p); i++) barrier_init(full_chunk(s, i), 1);
       fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
       copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
