@@ -182,7 +182,7 @@ struct Held {
 
 using Ring = StageRing<STAGES, STAGE_BYTES, STAGE_AFFINE, AFFINE_AT, BARRIERS_AT>;
 
-#if __CUDA_ARCH__ >= 800
+#if COPY != 0
 DEVICE void arrive_after_copies(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
