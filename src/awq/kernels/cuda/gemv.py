@@ -19,12 +19,12 @@ MAX_ROWS = 8
 SOURCE = SOURCES / "gemv.cu"
 
 # struct Params of gemv.cu: 7 pointers, x_stride; rows, out_features, in_features, tiles, extra, units, kept_steps,
-# stages, in_flight, slots. What changes from call to call comes first.
-_PARAMS = struct.Struct("<7Qq10i")
+# stages, in_flight, slots, kept_ahead. What changes from call to call comes first.
+_PARAMS = struct.Struct("<7Qq11i")
 _CHANGING = struct.Struct("<7Qq")
-_SIZES = struct.Struct("<10i")
+_SIZES = struct.Struct("<11i")
 _MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
-_BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS)
+_BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS + 2)
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 # A block that reads no more than so many units shares its multiprocessor with the next kernel's, which then has all its
 # weights when x arrives: 4096 x 4096 in 3.1 us instead of 3.7. Larger ones need the whole memory for their ring.
@@ -143,7 +143,8 @@ def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     launcher = kernel.launcher(grid, threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
     in_features = -(-shape.in_features // 8) * 8
     sizes = (rows, shape.out_features, in_features, *divmod(shape.tiles, grid), shape.units, shape.kept_steps)
-    _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, chosen.slots)
+    ahead = _kept_ahead(shape.kept_steps) if ring else 0
+    _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, chosen.slots, ahead)
     return launcher
 
 
@@ -156,11 +157,17 @@ def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int) -> int
     """Bytes of shared memory: `layout_of` of gemv.cu."""
     one = rows == 1
     ring = stages * warps * (UNIT_BYTES + 40 * UNIT_K // shape.group)
+    ahead = _kept_ahead(shape.kept_steps) if stages else 0
     sums = slots * warps * 32 * (8 if one else 16)
     x = 3 * (shape.units * UNIT_K + 64) if one else rows * (shape.units * UNIT_K * 2 + 16)
     table = shape.units * (UNIT_K // shape.group) * 8 if one else 0
     kept = (1 if one else MAX_ROWS) * (shape.kept_steps * 16 + 8) * 2
-    return ring + sums + x + 16 + table + kept + 15 + _BARRIERS
+    return ring + sums + x + 16 + table + kept + 15 + ahead * shape.kept_steps * 512 + _BARRIERS
+
+
+def _kept_ahead(steps: int) -> int:
+    """Tiles whose kept channels wait in shared memory: of `steps` times 512 bytes each, 16 KB at most."""
+    return next((ahead for ahead in (2, 1) if steps and ahead * steps * 512 <= 2**14), 0)
 
 
 def has_ring(arch: str) -> bool:

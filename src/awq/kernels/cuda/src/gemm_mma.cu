@@ -63,6 +63,7 @@ constexpr int AFFINE_AT = STAGES * STAGE_BYTES;
 constexpr int SUMS_AT = AFFINE_AT + STAGES * STAGE_AFFINE;
 constexpr int BARRIERS_AT = SUMS_AT + ROW_WARPS * K_WARPS * (WARP_TILES - OWN_TILES) * SUMS * 128;
 constexpr int KEPT_AT = BARRIERS_AT + 128;
+static_assert(BLOCK_TILES * 4 * KEPT_STEP_BYTES <= STAGE_BYTES, "a stage holds the weights of 64 kept channels");
 static_assert(WARP_TILES % K_WARPS == 0 && SLICES % K_WARPS == 0 && TOKENS % 16 == 0 && STAGES <= 8, "shape");
 #ifdef SHARED_BYTES
 static_assert(KEPT_AT == SHARED_BYTES, "designs.py computes another size");
@@ -182,6 +183,9 @@ struct Held {
 
 using Ring = StageRing<STAGES, STAGE_BYTES, STAGE_AFFINE, AFFINE_AT, BARRIERS_AT>;
 
+// k16 steps of kept channels in a stage.
+DEVICE int kept_each(const Params& p) { return min(4, p.kept_room); }
+
 #if COPY != 0
 DEVICE void arrive_after_copies(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
@@ -233,6 +237,24 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
       arrive_after_copies(ring.full());
 #endif
       waited = true;
+      ring.advance();
+    }
+    if (!schedule.owns(s)) continue;
+    for (int first = 0; first < p.kept_steps; first += kept_each(p)) {
+      barrier_wait(ring.empty(), ring.parity);
+#if COPY == 2
+      if (threadIdx.x % 32 == 0)
+        copy_kept(p, ring.data(), ring.full(), at.row_block * BLOCK_TILES, BLOCK_TILES, first, kept_each(p));
+      __syncwarp();
+#else
+      for (int i = threadIdx.x - CONSUMER_THREADS; i < BLOCK_TILES * kept_each(p) * 32; i += PRODUCERS * 32) {
+        int t = i / (kept_each(p) * 32), within = i - t * kept_each(p) * 32, tile = at.row_block * BLOCK_TILES + t;
+        bool there = tile < (p.out_features + 15) / 16 && first + within / 32 < p.kept_steps;
+        u64 from = there ? ((u64)tile * p.kept_steps + first) * KEPT_STEP_BYTES + within * 16 : 0;
+        copy_piece({ring.data() + i * 16, p.kept + from, there ? 16 : 0});
+      }
+      arrive_after_copies(ring.full());
+#endif
       ring.advance();
     }
   }
@@ -312,39 +334,75 @@ DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32
 // Whether x at the kept channels is gathered once, for all tiles.
 DEVICE bool kept_once(const Params& p) { return p.token_tiles == 1 && p.kept_steps == p.kept_room; }
 
-// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together.
-DEVICE void gather_kept(const Params& p, u32 to, int token_tile, int first, int steps) {
-  named_barrier(1, CONSUMER_THREADS);
-  for (int i = threadIdx.x; i < TOKENS * steps * 16; i += CONSUMER_THREADS) {
-    int t = i / (steps * 16), j = i - t * (steps * 16), row = token_tile * TOKENS + t;
-    int channel = p.kept_index[first * 16 + j];
-    u16 v = channel < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channel);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + j * 2), "h"(v) : "memory");
-  }
-  named_barrier(1, CONSUMER_THREADS);
-}
+// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together. Several elements
+// of a thread at a time: one after the other each waited for its channel's number and then for x.
+struct Gather {
+  static constexpr int TOGETHER = 4;
+  const Params& p;
+  const int first, steps;
+  int channels[TOGETHER];
 
-// The kept channels' part of a tile; the k warps share its k16 steps. tile: of the warp's first 16 rows.
-DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x, int token_tile, int tile, int k_warp) {
-  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room;
+  DEVICE Gather(const Params& p, int first, int steps) : p(p), first(first), steps(steps) { load_channels(threadIdx.x); }
+  DEVICE int all() const { return TOKENS * steps * 16; }
+  DEVICE void load_channels(int from) {
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++) {
+      int i = from + j * CONSUMER_THREADS;
+      channels[j] = i < all() ? __ldg(p.kept_index + first * 16 + i % (steps * 16)) : -1;
+    }
+  }
+  DEVICE void run(u32 to, int token_tile) {
+    for (int from = threadIdx.x; from < all(); from += TOGETHER * CONSUMER_THREADS) {
+      if (from >= CONSUMER_THREADS) load_channels(from);
+      u16 v[TOGETHER];
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int row = token_tile * TOKENS + (from + j * CONSUMER_THREADS) / (steps * 16);
+        v[j] = channels[j] < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channels[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int i = from + j * CONSUMER_THREADS, t = i / (steps * 16);
+        if (i < all())
+          asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + (i - t * steps * 16) * 2), "h"(v[j]) : "memory");
+      }
+    }
+    named_barrier(1, CONSUMER_THREADS);
+  }
+};
+
+// The kept channels' part of a tile, after its k walk; the k warps share its k16 steps. tile: of the warp's first 16 rows;
+// first_tile: the same within the block.
+DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring, u32 kept_x, int token_tile, int tile,
+                     int first_tile, int k_warp) {
+  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room, each = kept_each(p);
   const int tiles = (p.out_features + 15) / 16;
-  for (int first = 0; first < p.kept_steps; first += room) {
-    int steps = min(room, p.kept_steps - first);
-    if (!kept_once(p)) gather_kept(p, kept_x, token_tile, first, steps);
-    const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
-#pragma unroll (TOKENS * WARP_TILES <= 32 ? 2 : 1)
-    for (int s = k_warp; s < steps; s += K_WARPS) {
+  const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
+  for (int first = 0; first < p.kept_steps; first += each) {
+    if (!kept_once(p) && first % room == 0) {
+      named_barrier(1, CONSUMER_THREADS);  // all are done with what lies there
+      Gather(p, first, min(room, p.kept_steps - first)).run(kept_x, token_tile);
+    }
+#if COPY != 0
+    barrier_wait(ring.full(), ring.parity);
+#endif
+#pragma unroll 1
+    for (int s = k_warp; s < min(each, p.kept_steps - first); s += K_WARPS) {
       uint4 a[WARP_TILES];
 #pragma unroll
       for (int m = 0; m < WARP_TILES; m++) {
+#if COPY != 0
+        a[m] = load_shared16(ring.data() + ((first_tile + m) * each + s) * KEPT_STEP_BYTES + lane * 16);
+#else
         a[m] = make_uint4(0, 0, 0, 0);
         if (tile + m < tiles)
           a[m] = load_stream16(p.kept + ((u64)(tile + m) * p.kept_steps + first + s) * KEPT_STEP_BYTES + lane * 16);
+#endif
       }
 #pragma unroll
       for (int n = 0; n < N8; n += 2) {
         u32 b[2][2];
-        load_matrices(b[0], b[1], x + n * 8 * stride + s * 32);
+        load_matrices(b[0], b[1], x + n * 8 * stride + (first % room + s) * 32);
 #pragma unroll
         for (int i = 0; i < 2 * WARP_TILES; i++) {
           const uint4& w = a[i / 2];
@@ -354,6 +412,11 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x
         }
       }
     }
+#if COPY != 0
+    __syncwarp();
+    if (lane == 0) barrier_arrive(ring.empty());
+    ring.advance();
+#endif
   }
 }
 
@@ -416,21 +479,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 #if COPY != 0
   if (warp >= CONSUMERS) return produce(p, schedule, shared);
 #endif
+  Gather kept(p, 0, p.kept_steps && kept_once(p) ? p.kept_steps : 0);
   wait_for_earlier_kernels();
 
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS, first_tile = row_warp * WARP_TILES;
   const u32 codes_at = X_BYTES + first_tile * SLICES * 512, affine_at = first_tile * AFFINE_BYTES;
   Ring ring(shared, 0);
   Segment s;
-  if (p.kept_steps && kept_once(p)) gather_kept(p, shared + KEPT_AT, 0, 0, p.kept_steps);
+  if (kept.steps) kept.run(shared + KEPT_AT, 0);
   while (schedule.next(s)) {
     const Place at(p, s.tile);
     float acc[WARP_TILES][SUMS];
 #pragma unroll
     for (int i = 0; i < WARP_TILES * SUMS; i++) acc[i / SUMS][i % SUMS] = 0.f;
-    if (p.kept_steps && schedule.owns(s))
-      add_kept(acc, p, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, k_warp);
-
 #if COPY == 0
     Held held;
     Held::From pieces(p, threadIdx.x, at.row_block, at.token_tile);
@@ -456,6 +517,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 #endif
       ring.advance();
     }
+
+    if (p.kept_steps && schedule.owns(s))
+      add_kept(acc, p, ring, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, first_tile, k_warp);
 
     float own[OWN_TILES][SUMS];
     exchange_sums(own, acc, shared, row_warp, k_warp);

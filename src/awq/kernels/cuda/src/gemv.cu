@@ -40,7 +40,8 @@ constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
 constexpr int SLOTS = 4;                           // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
-constexpr int MAX_STAGES = 16;
+constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24;
+constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
 constexpr u32 MAGIC = 0x4B400000;              // the float 1.5 * 2^23: adding an integer below 2^22 puts it in the mantissa
 constexpr float MAGIC_FLOAT = 12582912.f;
@@ -61,11 +62,12 @@ struct Params {
   int stages;          // of the ring
   int in_flight;       // stages requested and not arrived, at most
   int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
+  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way, 0: read them where they are
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
 struct Layout {
-  u32 ring, sums, x, zeros, table, kept_x, barriers;  // zeros and the table: one row's
+  u32 ring, sums, x, zeros, table, kept_x, kept, barriers;  // zeros and the table: one row's
   int pitch;           // bytes from one plane, or row, of x to the next: 64, or 16, apart in the banks
 };
 DEVICE Layout layout_of(const Params& p, u32 base) {
@@ -77,12 +79,14 @@ DEVICE Layout layout_of(const Params& p, u32 base) {
   s.zeros = s.x + (ONE ? 3 : p.rows) * s.pitch;
   s.table = s.zeros + 16;
   s.kept_x = s.table + (ONE ? p.units * GROUPS * 8 : 0);
-  s.barriers = (s.kept_x + ROWS * (p.kept_steps * 16 + 8) * 2 + 15) & ~15;
+  s.kept = (s.kept_x + ROWS * (p.kept_steps * 16 + 8) * 2 + 15) & ~15;
+  s.barriers = s.kept + p.kept_ahead * p.kept_steps * KEPT_STEP;
   return s;
 }
 DEVICE u32 full_stage(const Layout& s, int i) { return s.barriers + 8 * i; }
 DEVICE u32 empty_stage(const Layout& s, int i) { return s.barriers + 8 * (MAX_STAGES + i); }
 DEVICE u32 full_chunk(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + i); }
+DEVICE u32 full_kept(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + MAX_CHUNKS + i); }
 DEVICE u32 full_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + i); }
 DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + SLOTS + i); }
 
@@ -516,50 +520,99 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 
 // ------------------------------------------------------------------------------------------------------ output warp
 
-// x[:, kept] of every row, zero in the padding.
-DEVICE void gather_kept(const Params& p, const Layout& s, int lane) {
-  int width = p.kept_steps * 16;
-  for (int i = lane; i < width; i += 32) {
-    int k = __ldg(p.index + i);
+// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before the wait for x, and several
+// at a time: one after the other each would wait for memory twice.
+struct Gather {
+  static constexpr int TOGETHER = ONE ? 4 : 2;
+  int channels[TOGETHER];
+
+  DEVICE void load_channels(const Params& p, int from) {
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-      u16 v = k >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + k) : (u16)0;
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(s.kept_x + (row * (width + 8) + i) * 2), "h"(v) : "memory");
+    for (int j = 0; j < TOGETHER; j++) {
+      int i = from + 32 * j;
+      channels[j] = i < p.kept_steps * 16 ? __ldg(p.index + i) : -1;
     }
   }
-  __syncwarp();
-}
+  DEVICE void run(const Params& p, const Layout& s, int lane) {
+    int width = p.kept_steps * 16;
+#pragma unroll 1
+    for (int from = lane; from < width; from += 32 * TOGETHER) {
+      if (from >= 32) load_channels(p, from);
+      u16 v[TOGETHER][ROWS];
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++)
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          v[j][row] = channels[j] >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + channels[j]) : (u16)0;
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++)
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          if (from + 32 * j < width)
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(s.kept_x + (row * (width + 8) + from + 32 * j) * 2), "h"(v[j][row]) : "memory");
+    }
+    __syncwarp();
+  }
+};
 
-// The kept channels' part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it.
-DEVICE void multiply_kept(const Params& p, const Layout& s, int tile, int lane, float (&d)[4]) {
-  const u8* from = p.kept + (u64)tile * p.kept_steps * 512 + lane * 16;
+// The kept channels of a tile of this block on their way to shared memory, by one lane.
+#if AWQ_RING
+DEVICE void copy_kept(const Params& p, const Layout& s, int i) {
+  int slot = i & (p.kept_ahead - 1), bytes = p.kept_steps * KEPT_STEP;
+  barrier_expect(full_kept(s, slot), bytes);
+  copy_bulk(s.kept + slot * bytes, p.kept + (u64)tile_at(i) * bytes, bytes, full_kept(s, slot));
+}
+#endif
+
+// Their part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it. load: 16 bytes of a step
+template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s, int lane, float (&d)[4], LOAD load) {
   u32 x = s.kept_x + (((lane >> 2) % ROWS) * (p.kept_steps * 16 + 8) + 2 * (lane & 3)) * 2;
 #pragma unroll 4
   for (int step = 0; step < p.kept_steps; step++) {
-    uint4 a = load_stream16(from + step * 512);
+    uint4 a = load(step * KEPT_STEP + lane * 16);
     mma_acc(d, as_activations(a.x), as_activations(a.y), as_activations(a.z), as_activations(a.w),
             load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
   }
 }
+// Read where they are, they made the output warp the slowest of all: 12288 x 4096 with 1 % kept took 11.0 us instead of 7.1.
+DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lane, float (&d)[4]) {
+#if AWQ_RING
+  if (p.kept_ahead) {
+    int slot = i & (p.kept_ahead - 1);
+    u32 from = s.kept + slot * p.kept_steps * KEPT_STEP;
+    barrier_wait(full_kept(s, slot), (i >> (p.kept_ahead >> 1)) & 1);
+    multiply_kept(p, s, lane, d, [&](int at) { return load_shared16(from + at); });
+    __syncwarp();
+    if (lane == 0 && i + p.kept_ahead < count) copy_kept(p, s, i + p.kept_ahead);
+    return;
+  }
+#endif
+  const u8* from = p.kept + (u64)tile_at(i) * p.kept_steps * KEPT_STEP;
+  multiply_kept(p, s, lane, d, [&](int at) { return load_stream16(from + at); });
+}
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
-#if __CUDA_ARCH__ >= 900
-  if (p.kept_steps)
-    for (int i = lane; i < count; i += 32) prefetch_bulk(p.kept + (u64)tile_at(i) * p.kept_steps * 512, p.kept_steps * 512);
+#if AWQ_RING
+  if (lane == 0)
+    for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
 #endif
+  Gather kept;
+  if (p.kept_steps) kept.load_channels(p, lane);
+  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f; };
+  float bias[2] = {bias_at(tile_at(0) * TILE_ROWS + r), bias_at(tile_at(0) * TILE_ROWS + r + 8)};
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
-  if (p.kept_steps) gather_kept(p, s, lane);
+  if (p.kept_steps) kept.run(p, s, lane);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
-    float bias0 = p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f;
-    float bias1 = p.bias && n + 8 < p.out_features ? widen(__ldg(p.bias + n + 8)) : 0.f;
-    float d[4] = {bias0, bias0, bias1, bias1}, sums[4] = {};
-    if (p.kept_steps) multiply_kept(p, s, tile_at(i), lane, d);
+    float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {};
+    bias[0] = bias_at(tile_at(i + 1) * TILE_ROWS + r);  // a tile ahead
+    bias[1] = bias_at(tile_at(i + 1) * TILE_ROWS + r + 8);
+    if (p.kept_steps) add_kept(p, s, i, count, lane, d);
     await(full_slot(s, slot), turn_of(p, i), several);
     u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
     auto add = [&](int from_warp) {
@@ -649,6 +702,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
       for (int i = 0; i < p.stages; i++) barrier_init(full_stage(s, i), 1);
       if (copies_rows(p))
         for (int i = 0; i < chunks_of(p); i++) barrier_init(full_chunk(s, i), 1);
+      for (int i = 0; i < p.kept_ahead; i++) barrier_init(full_kept(s, i), 1);
       fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
       copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
