@@ -376,7 +376,6 @@ struct Gather {
 DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring, u32 kept_x, int token_tile, int tile,
                      int first_tile, int k_warp) {
   const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room, each = kept_each(p);
-  const int tiles = (p.out_features + 15) / 16;
   const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
   for (int first = 0; first < p.kept_steps; first += each) {
     if (!kept_once(p) && first % room == 0) {
@@ -395,7 +394,7 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring
         a[m] = load_shared16(ring.data() + ((first_tile + m) * each + s) * KEPT_STEP_BYTES + lane * 16);
 #else
         a[m] = make_uint4(0, 0, 0, 0);
-        if (tile + m < tiles)
+        if (tile + m < (p.out_features + 15) / 16)
           a[m] = load_stream16(p.kept + ((u64)(tile + m) * p.kept_steps + first + s) * KEPT_STEP_BYTES + lane * 16);
 #endif
       }
