@@ -182,7 +182,7 @@ DEVICE void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, u
 }
 // k16 steps [first, first + most) of the kept channels of `count` tiles into a stage: [count][most][512 bytes].
 DEVICE void copy_kept(const Params& p, u32 to, u32 bar, int tile, int count, int first, int most) {
-  const int there = min(count, (p.out_features + 15) / 16 - tile), bytes = min(most, p.kept_steps - first) * KEPT_STEP_BYTES;
+  const int there = max(0, min(count, (p.out_features + 15) / 16 - tile)), bytes = min(most, p.kept_steps - first) * KEPT_STEP_BYTES;
   barrier_expect(bar, there * bytes);
   const u8* from = p.kept + ((u64)tile * p.kept_steps + first) * KEPT_STEP_BYTES;
 #pragma unroll 1  // a producer has few registers
