@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("AWQ_CACHE", str(tmp_path / "cache"))
     for known in ("_running", "_libraries", "_kernels"):
         monkeypatch.setattr(jit, known, {})
-    for function in (nvrtc.missing, nvrtc.version, jit.cache._warn_of):
+    for function in (nvrtc.missing, nvrtc.version, jit.cache._warn_of, jit.cache._private):
         function.cache_clear()
     return tmp_path / "cache"
 

@@ -283,6 +283,7 @@ def test_each_thing_that_makes_a_binary_is_in_its_key(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def entries() -> int:
+        nvrtc.source_text.cache_clear()
         jit._cubin(jit._unit(source, arch, defines))
         jit._running.clear()
         return len(list((cache / "kernels").iterdir()))

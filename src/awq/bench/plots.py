@@ -92,8 +92,8 @@ def plot_salience(path: Path, salience: Salience, subtitle: str) -> None:
 def plot_kernels(path: Path, bench: KernelBench, subtitle: str) -> None:
     """Latency by rows of each version, a panel a linear: the crossover, and what reading alone would take, marked."""
     shown = panels(bench.rows)
-    columns = min(_PANELS_A_LINE, len(shown))
-    lines = -(-len(shown) // columns)
+    lines = -(-len(shown) // _PANELS_A_LINE)
+    columns = -(-len(shown) // lines)
     figure = _figure(max(7.2, 4.3 * columns), 0.9 + 3.7 * lines, "Latency of one linear by rows", subtitle)
     grid = figure.subplots(lines, columns, squeeze=False)
     for axes, (label, rows) in zip(grid.flat, shown.items(), strict=False):

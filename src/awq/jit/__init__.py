@@ -12,7 +12,7 @@ from typing import NamedTuple
 from awq.jit import nvrtc
 from awq.jit.cache import cache_folder, fetch, key_of, replace_file
 from awq.jit.launch import Kernel, Launcher, Library, capture_id, programmatic, tensor_map
-from awq.jit.nvrtc import Compiled, Defines, arch_of, architectures, missing
+from awq.jit.nvrtc import Compiled, Defines, arch_of, architectures, missing, source_text
 
 __all__ = [
     "Compiled",
@@ -29,6 +29,7 @@ __all__ = [
     "prefetch",
     "programmatic",
     "replace_file",
+    "source_text",
     "tensor_map",
 ]
 

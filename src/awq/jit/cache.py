@@ -61,12 +61,18 @@ def cache_folder(name: str) -> Path | None:
     """
     root = _root()
     try:
-        for folder in (root, root / name):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_private(folder)
+        return _private(root, name)
     except OSError as error:
         _warn_of(root, error.strerror or str(error))
         return None
+
+
+@cache
+def _private(root: Path, name: str) -> Path:
+    """Made and checked once a process."""
+    for folder in (root, root / name):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(folder)
     return root / name
 
 

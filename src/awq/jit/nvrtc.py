@@ -50,12 +50,8 @@ def resolve(source: Path) -> str:
 
 def _resolve(source: Path, seen: set[Path]) -> str:
     seen.add(source.resolve())
-    try:
-        text = source.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise KernelError(f"The kernel source {source} is missing: reinstall awq-int4.") from error
     lines = [f'#line 1 "{source.name}"']
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(source_text(source).splitlines(), start=1):
         if found := _INCLUDE.match(line):
             header = source.parent / found[1]
             if header.resolve() not in seen:
@@ -64,6 +60,15 @@ def _resolve(source: Path, seen: set[Path]) -> str:
         else:
             lines.append("" if _ONCE.match(line) else line)
     return "\n".join(lines)
+
+
+@cache
+def source_text(source: Path) -> str:
+    """Read once a process: a container's file system may take a millisecond a file, and headers come in many times."""
+    try:
+        return source.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise KernelError(f"The kernel source {source} is missing: reinstall awq-int4.") from error
 
 
 def compile_text(text: str, name: str, arch: str, defines: Defines, verbose: bool = False) -> Compiled:

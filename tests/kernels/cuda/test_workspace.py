@@ -21,6 +21,8 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)  # with which torch.cuda.stream does nothing
     monkeypatch.setattr(workspace, "_device", lambda index: CPU)
+    monkeypatch.setattr(workspace, "_flags", {})
+    monkeypatch.setattr(workspace, "_captures", {})
     workspace._places.clear()
     yield
     workspace._places.clear()
@@ -51,6 +53,7 @@ def test_a_workspace_is_allocated_apart_from_this_threads_pools(monkeypatch: pyt
 def test_nothing_of_a_capture_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is its graph's, which goes with it; what is eager stays however many graphs there are."""
     eager = workspace.workspace(0, STREAM, 1000)
+    workspace._flags.clear()
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
     for _ in range(100):
         captured = workspace.workspace(0, STREAM, 1000)
@@ -70,9 +73,7 @@ def test_threads_share_a_workspace() -> None:
 
 def test_captured_calls_share_cleared_flags_by_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """No clearing in the graph: it would part the kernel from the one ahead of it."""
-    monkeypatch.setattr(workspace, "_flags", {})
-    monkeypatch.setattr(workspace, "_captures", {})
-    workspace.reserve(0)
+    workspace.workspace(0, STREAM, 1000)  # the first call of a stream
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True)
     seen = []
     for capture in (7, 7, 9, *range(20, 200)):

@@ -188,5 +188,5 @@ _driver = lru_cache(driver_version)
 def _sources() -> str:
     """Changes with every change to the kernels or to how they are launched."""
     launchers = (Path(str(module.__file__)) for module in (gemv, gemm, designs, schedule))
-    texts = [file.read_bytes() for file in (*sorted(SOURCES.iterdir()), *launchers) if file.is_file()]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+    texts = map(jit.source_text, (*sorted(SOURCES.glob("*.cu*")), *launchers))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

@@ -86,7 +86,8 @@ class Design:
         if not self.mma or not steps:
             return 0
         free = limit - self.shared(group)
-        return min(steps, (free // self.tokens - 16) // 32)
+        room = min(steps, (free // self.tokens - 16) // 32)
+        return room if room == steps or room < 4 else room // 4 * 4  # whole stages
 
     def kept_bytes(self, room: int) -> int:
         return self.tokens * (32 * room + 16) if room else 0

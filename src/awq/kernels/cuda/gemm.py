@@ -28,7 +28,9 @@ _CHANGING, _CHANGING_AT = struct.Struct("<5Qi"), _WEIGHT + _MAPS_BYTES + _POINTE
 _FIXED, _FIXED_AT = struct.Struct("<12i"), _CHANGING_AT + _CHANGING.size
 _PARAMS_BYTES = 768
 _GATHER = struct.Struct("<3Q3i4x")
-_GATHER_THREADS, _GATHER_EACH = 256, 4
+# So much shared memory that a block has a multiprocessor to itself: as those become free one by one, all blocks would
+# crowd on the first few, whose loads, each of a line of its own, then take several us.
+_GATHER_THREADS, _GATHERED_EACH, _GATHER_SHARED = 256, 512, 116 * 1024
 _BFLOAT16 = torch.bfloat16
 
 
@@ -116,9 +118,9 @@ def _launch(device: int, sizes: tuple[int, int, int, int, bool], rows: int, prog
     _FIXED.pack_into(launcher.params, _FIXED_AT, *whole, *fixed, chosen.longer, *kept)
     gather = None
     if shape.kept_steps and not design.mma:
-        blocks = min(8 * sms, -(-rows * shape.kept_steps * STEP // (_GATHER_THREADS * _GATHER_EACH)))
+        blocks = min(sms // 2, -(-rows * shape.kept_steps * STEP // _GATHERED_EACH))
         kernel = jit.kernel(SOURCES / "gather.cu", "gather", arch)
-        gather = kernel.launcher(blocks, _GATHER_THREADS, 0, _GATHER.size, pdl)
+        gather = kernel.launcher(blocks, _GATHER_THREADS, _GATHER_SHARED, _GATHER.size, pdl)
     copies = design.copy == 2
     return _Launch(
         launcher,

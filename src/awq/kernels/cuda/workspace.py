@@ -39,7 +39,7 @@ NOWHERE = Place(None, 0, 0, 0)
 _places: dict[tuple[int, int], Place] = {}
 _flags: dict[int, Tensor] = {}  # by device: those of _CAPTURES captures
 _captures: dict[int, int] = {}  # by capture: which of them
-_lock = threading.Lock()
+_lock, _reserving = threading.Lock(), threading.Lock()
 
 
 def workspace(device: int, stream: int, size: int) -> Place:
@@ -51,8 +51,9 @@ def workspace(device: int, stream: int, size: int) -> Place:
 
 
 def reserve(device: int) -> None:
-    """Flags for captured calls, which cannot be cleared there. Once a device, outside of any capture."""
-    with _lock:
+    """Flags for captured calls, which cannot be cleared there. Once a device, outside of any capture; the first call of
+    a stream does it too."""
+    with _reserving:
         if device not in _flags:
             _flags[device] = torch.zeros(_CAPTURES * FLAG_BYTES, dtype=torch.uint8, device=_device(device))
 
@@ -86,6 +87,7 @@ def _apart(device: int, size: int) -> Place:
 
     def allocate() -> Place:
         with torch.cuda.stream(stream):
+            reserve(device)
             return _cleared(device, size)
 
     with ThreadPoolExecutor(1) as thread:

@@ -18,16 +18,20 @@ constexpr int UNROLL = 4;  // loads in flight for a thread
 
 extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ Params p) {
   let_next_kernel_start();
-  const int all = p.rows * p.columns, threads = gridDim.x * 256;
+  const int all = p.rows * p.columns, threads = gridDim.x * 256, start = blockIdx.x * 256 + threadIdx.x;
+  int channels[UNROLL];
+  auto load_channels = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < UNROLL; i++) channels[i] = first + i * threads < all ? __ldg(p.index + (first + i * threads) % p.columns) : -1;
+  };
+  load_channels(start);
   wait_for_earlier_kernels();
-  for (int first = blockIdx.x * 256 + threadIdx.x; first < all; first += threads * UNROLL) {
+  for (int first = start; first < all; first += threads * UNROLL) {
+    if (first > start) load_channels(first);
     u16 v[UNROLL];
 #pragma unroll
-    for (int i = 0; i < UNROLL; i++) {
-      const int at = first + i * threads, row = at / p.columns;
-      const int channel = at < all ? p.index[at - row * p.columns] : -1;
-      v[i] = channel < 0 ? (u16)0 : load_fresh2(p.x + (u64)row * p.x_stride + channel);
-    }
+    for (int i = 0; i < UNROLL; i++)
+      v[i] = channels[i] < 0 ? (u16)0 : load_fresh2(p.x + (u64)((first + i * threads) / p.columns) * p.x_stride + channels[i]);
 #pragma unroll
     for (int i = 0; i < UNROLL; i++)
       if (first + i * threads < all) p.gathered[first + i * threads] = v[i];

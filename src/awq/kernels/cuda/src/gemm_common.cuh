@@ -180,4 +180,12 @@ DEVICE void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, u
                "[%0], [%1, {%2,%3}], [%4], %5;"
                ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar), "h"(blocks) : "memory");
 }
+// k16 steps [first, first + most) of the kept channels of `count` tiles into a stage: [count][most][512 bytes].
+DEVICE void copy_kept(const Params& p, u32 to, u32 bar, int tile, int count, int first, int most) {
+  const int there = max(0, min(count, (p.out_features + 15) / 16 - tile)), bytes = min(most, p.kept_steps - first) * KEPT_STEP_BYTES;
+  barrier_expect(bar, there * bytes);
+  const u8* from = p.kept + ((u64)tile * p.kept_steps + first) * KEPT_STEP_BYTES;
+#pragma unroll 1  // a producer has few registers
+  for (int i = 0; i < there; i++, from += p.kept_steps * KEPT_STEP_BYTES, to += most * KEPT_STEP_BYTES) copy_bulk(to, from, bytes, bar);
+}
 #endif

@@ -63,6 +63,7 @@ constexpr int AFFINE_AT = STAGES * STAGE_BYTES;
 constexpr int SUMS_AT = AFFINE_AT + STAGES * STAGE_AFFINE;
 constexpr int BARRIERS_AT = SUMS_AT + ROW_WARPS * K_WARPS * (WARP_TILES - OWN_TILES) * SUMS * 128;
 constexpr int KEPT_AT = BARRIERS_AT + 128;
+static_assert(BLOCK_TILES * 4 * KEPT_STEP_BYTES <= STAGE_BYTES, "a stage holds the weights of 64 kept channels");
 static_assert(WARP_TILES % K_WARPS == 0 && SLICES % K_WARPS == 0 && TOKENS % 16 == 0 && STAGES <= 8, "shape");
 #ifdef SHARED_BYTES
 static_assert(KEPT_AT == SHARED_BYTES, "designs.py computes another size");
@@ -92,35 +93,51 @@ struct Place {
 // 16 bytes on their way to shared memory, of which the first `bytes` exist and the rest is 0.
 struct Piece { u32 to; const u8* from; int bytes; };
 
-struct Pieces {
+// The pieces of a thread among the FILLERS that fill a stage. Addresses are worked out once a segment: done piece by
+// piece, they made cp.async half as fast as tensor copies.
+template <int FILLERS> struct Pieces {
+  static constexpr int TILE = SLICES * 32, ROW = SLICES * 8;  // of a tile's codes in a stage, and of a row of x
+  static constexpr int CODES = BLOCK_TILES * TILE / FILLERS, X = TOKENS * ROW / FILLERS, SCALES = STAGE_AFFINE / 16;
+  static constexpr int AFFINE = (SCALES + FILLERS - 1) / FILLERS;
+  static_assert(FILLERS % TILE == 0 && BLOCK_TILES * TILE % FILLERS == 0 && TOKENS * ROW % FILLERS == 0, "shape");
+
   const Params& p;
+  const int first, first_tile, units;
+  const u8 *code_bytes, *x_bytes;  // of the thread's first piece in step 0
+  const u64 code_stride, x_stride;  // bytes from a piece to its next
+  const int tiles, rows, width;    // left from the thread's first piece on, and channels
   u32 stage, affine;
-  int row_block, token_tile, step;
+  int step;
 
-  static constexpr int CODES = CODE_BYTES / 16, AFFINE = STAGE_AFFINE / 16, X = X_BYTES / 16;
+  DEVICE Pieces(const Params& p, int first, int row_block, int token_tile)
+      : p(p), first(first), first_tile(row_block * BLOCK_TILES), units((p.in_features + UNIT_K - 1) / UNIT_K),
+        code_bytes(p.code_bytes + (u64)(first_tile + first / TILE) * units * UNIT_BYTES + first % TILE * 16),
+        x_bytes((const u8*)(p.x_values + (u64)(token_tile * TOKENS + first / ROW) * p.x_stride + first % ROW * 8)),
+        code_stride((u64)(FILLERS / TILE) * units * UNIT_BYTES), x_stride((u64)(FILLERS / ROW) * p.x_stride * 2),
+        tiles((p.out_features + 15) / 16 - first_tile - first / TILE),
+        rows(p.rows - token_tile * TOKENS - first / ROW), width(p.in_features - first % ROW * 8) {}
 
-  DEVICE int tile(int i) const { return row_block * BLOCK_TILES + i; }
-  DEVICE int tiles() const { return (p.out_features + 15) / 16; }
-  DEVICE int units() const { return (p.in_features + UNIT_K - 1) / UNIT_K; }
-  DEVICE int unit() const { return step * SLICES / 4; }
-
-  DEVICE Piece codes(int i) const {
-    int t = i / (SLICES * 32), within = (step * SLICES % 4) * 512 + i % (SLICES * 32) * 16;
-    bool there = tile(t) < tiles();
-    u64 at = there ? ((u64)tile(t) * units() + unit()) * UNIT_BYTES + within : 0;
-    return {stage + X_BYTES + i * 16, p.code_bytes + at, there ? 16 : 0};
+  DEVICE void go_to(int to_step, u32 to_stage, u32 to_affine) {
+    step = to_step;
+    stage = to_stage;
+    affine = to_affine;
   }
-  DEVICE Piece scales(int i) const {
+  DEVICE Piece codes(int j) const {
+    bool there = j * (FILLERS / TILE) < tiles;
+    return {stage + X_BYTES + (j * FILLERS + first) * 16, code_bytes + j * code_stride + step * (SLICES * 512), there ? 16 : 0};
+  }
+  DEVICE Piece scales(int j) const {
     constexpr int EACH = AFFINE_BYTES / 16;
-    bool there = tile(i / EACH) < tiles();
-    u64 at = there ? ((u64)tile(i / EACH) * units() + unit()) * AFFINE_BYTES + i % EACH * 16 : 0;
+    int i = j * FILLERS + first, tile = first_tile + i / EACH;
+    bool there = i < SCALES && tile < (p.out_features + 15) / 16;
+    u64 at = there ? ((u64)tile * units + step * SLICES / 4) * AFFINE_BYTES + i % EACH * 16 : 0;
     return {affine + i * 16, p.affine_bytes + at, there ? 16 : 0};
   }
-  DEVICE Piece tokens(int i) const {
-    int t = i / (SLICES * 8), c = i % (SLICES * 8), row = token_tile * TOKENS + t, k = step * STEP_K + c * 8;
-    int bytes = row < p.rows ? max(0, min(16, 2 * (p.in_features - k))) : 0;
-    u64 at = bytes ? (u64)row * p.x_stride + k : 0;
-    return {stage + (c >> 3) * X_SLICE + t * 128 + (((c & 7) ^ (t & 7)) << 4), (const u8*)(p.x_values + at), bytes};
+  DEVICE bool has_scales(int j) const { return j * FILLERS + first < SCALES; }
+  DEVICE Piece tokens(int j) const {
+    int t = j * (FILLERS / ROW) + first / ROW, c = first % ROW;
+    int bytes = j * (FILLERS / ROW) < rows ? max(0, min(16, 2 * (width - step * STEP_K))) : 0;
+    return {stage + (c >> 3) * X_SLICE + t * 128 + (((c & 7) ^ (t & 7)) << 4), x_bytes + j * x_stride + step * (STEP_K * 2), bytes};
   }
 };
 
@@ -140,32 +157,25 @@ DEVICE uint4 load_piece(const Piece& c) {
 
 // PLAIN: the next stage in registers.
 struct Held {
-  static constexpr int CODES = (Pieces::CODES + THREADS - 1) / THREADS, X = (Pieces::X + THREADS - 1) / THREADS,
-                       AFFINE = (Pieces::AFFINE + THREADS - 1) / THREADS;
-  uint4 codes[CODES], tokens[X], scales[AFFINE];
+  using From = Pieces<CONSUMER_THREADS>;
+  uint4 codes[From::CODES], tokens[From::X], scales[From::AFFINE];
 
-  DEVICE void load(const Pieces& from) {
+  DEVICE void load(const From& from) {
 #pragma unroll
-    for (int i = 0; i < CODES; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) codes[i] = load_piece(from.codes(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::CODES; j++) codes[j] = load_piece(from.codes(j));
 #pragma unroll
-    for (int i = 0; i < AFFINE; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE) scales[i] = load_piece(from.scales(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::AFFINE; j++) scales[j] = load_piece(from.scales(j));
 #pragma unroll
-    for (int i = 0; i < X; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::X) tokens[i] = load_piece(from.tokens(i * THREADS + threadIdx.x));
+    for (int j = 0; j < From::X; j++) tokens[j] = load_piece(from.tokens(j));
   }
-  DEVICE void store(const Pieces& to) const {
+  DEVICE void store(const From& to) const {
 #pragma unroll
-    for (int i = 0; i < CODES; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::CODES) store_shared16(to.codes(i * THREADS + threadIdx.x).to, codes[i]);
+    for (int j = 0; j < From::CODES; j++) store_shared16(to.codes(j).to, codes[j]);
 #pragma unroll
-    for (int i = 0; i < AFFINE; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::AFFINE)
-        store_shared16(to.scales(i * THREADS + threadIdx.x).to, scales[i]);
+    for (int j = 0; j < From::AFFINE; j++)
+      if (to.has_scales(j)) store_shared16(to.scales(j).to, scales[j]);
 #pragma unroll
-    for (int i = 0; i < X; i++)
-      if (i * THREADS + (int)threadIdx.x < Pieces::X) store_shared16(to.tokens(i * THREADS + threadIdx.x).to, tokens[i]);
+    for (int j = 0; j < From::X; j++) store_shared16(to.tokens(j).to, tokens[j]);
   }
 };
 
@@ -173,7 +183,10 @@ struct Held {
 
 using Ring = StageRing<STAGES, STAGE_BYTES, STAGE_AFFINE, AFFINE_AT, BARRIERS_AT>;
 
-#if __CUDA_ARCH__ >= 800
+// k16 steps of kept channels in a stage.
+DEVICE int kept_each(const Params& p) { return min(4, p.kept_room); }
+
+#if COPY != 0
 DEVICE void arrive_after_copies(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory");
 }
@@ -195,6 +208,9 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
   Segment s;
   while (schedule.next(s)) {
     const Place at(p, s.tile);
+#if COPY == 1
+    Pieces<PRODUCERS * 32> pieces(p, threadIdx.x - CONSUMER_THREADS, at.row_block, at.token_tile);
+#endif
     for (int step = s.first; step < s.last; step++) {
       barrier_wait(ring.empty(), ring.parity);
 #if COPY == 2
@@ -209,17 +225,36 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
       }
       __syncwarp();
 #else
-      Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, step};
-      int first = threadIdx.x - CONSUMER_THREADS;
-#pragma unroll 4
-      for (int i = first; i < Pieces::CODES; i += PRODUCERS * 32) copy_piece(pieces.codes(i));
-      for (int i = first; i < Pieces::AFFINE; i += PRODUCERS * 32) copy_piece(pieces.scales(i));
+      pieces.go_to(step, ring.data(), ring.affine());
+#pragma unroll
+      for (int j = 0; j < pieces.CODES; j++) copy_piece(pieces.codes(j));
+#pragma unroll
+      for (int j = 0; j < pieces.AFFINE; j++)
+        if (pieces.has_scales(j)) copy_piece(pieces.scales(j));
       if (!waited) wait_for_earlier_kernels();
-#pragma unroll 4
-      for (int i = first; i < Pieces::X; i += PRODUCERS * 32) copy_piece(pieces.tokens(i));
+#pragma unroll
+      for (int j = 0; j < pieces.X; j++) copy_piece(pieces.tokens(j));
       arrive_after_copies(ring.full());
 #endif
       waited = true;
+      ring.advance();
+    }
+    if (!schedule.owns(s)) continue;
+    for (int first = 0; first < p.kept_steps; first += kept_each(p)) {
+      barrier_wait(ring.empty(), ring.parity);
+#if COPY == 2
+      if (threadIdx.x % 32 == 0)
+        copy_kept(p, ring.data(), ring.full(), at.row_block * BLOCK_TILES, BLOCK_TILES, first, kept_each(p));
+      __syncwarp();
+#else
+      for (int i = threadIdx.x - CONSUMER_THREADS; i < BLOCK_TILES * kept_each(p) * 32; i += PRODUCERS * 32) {
+        int t = i / (kept_each(p) * 32), within = i - t * kept_each(p) * 32, tile = at.row_block * BLOCK_TILES + t;
+        bool there = tile < (p.out_features + 15) / 16 && first + within / 32 < p.kept_steps;
+        u64 from = there ? ((u64)tile * p.kept_steps + first) * KEPT_STEP_BYTES + within * 16 : 0;
+        copy_piece({ring.data() + i * 16, p.kept + from, there ? 16 : 0});
+      }
+      arrive_after_copies(ring.full());
+#endif
       ring.advance();
     }
   }
@@ -299,39 +334,74 @@ DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32
 // Whether x at the kept channels is gathered once, for all tiles.
 DEVICE bool kept_once(const Params& p) { return p.token_tiles == 1 && p.kept_steps == p.kept_room; }
 
-// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together.
-DEVICE void gather_kept(const Params& p, u32 to, int token_tile, int first, int steps) {
-  named_barrier(1, CONSUMER_THREADS);
-  for (int i = threadIdx.x; i < TOKENS * steps * 16; i += CONSUMER_THREADS) {
-    int t = i / (steps * 16), j = i - t * (steps * 16), row = token_tile * TOKENS + t;
-    int channel = p.kept_index[first * 16 + j];
-    u16 v = channel < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channel);
-    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + j * 2), "h"(v) : "memory");
-  }
-  named_barrier(1, CONSUMER_THREADS);
-}
+// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together. Several elements
+// of a thread at a time: one after the other each waited for its channel's number and then for x.
+struct Gather {
+  static constexpr int TOGETHER = 4;
+  const Params& p;
+  const int first, steps;
+  int channels[TOGETHER];
 
-// The kept channels' part of a tile; the k warps share its k16 steps. tile: of the warp's first 16 rows.
-DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x, int token_tile, int tile, int k_warp) {
-  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room;
-  const int tiles = (p.out_features + 15) / 16;
-  for (int first = 0; first < p.kept_steps; first += room) {
-    int steps = min(room, p.kept_steps - first);
-    if (!kept_once(p)) gather_kept(p, kept_x, token_tile, first, steps);
-    const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
-#pragma unroll (TOKENS * WARP_TILES <= 32 ? 2 : 1)
-    for (int s = k_warp; s < steps; s += K_WARPS) {
+  DEVICE Gather(const Params& p, int first, int steps) : p(p), first(first), steps(steps) { load_channels(threadIdx.x); }
+  DEVICE int all() const { return TOKENS * steps * 16; }
+  DEVICE void load_channels(int from) {
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++) {
+      int i = from + j * CONSUMER_THREADS;
+      channels[j] = i < all() ? __ldg(p.kept_index + first * 16 + i % (steps * 16)) : -1;
+    }
+  }
+  DEVICE void run(u32 to, int token_tile) {
+    for (int from = threadIdx.x; from < all(); from += TOGETHER * CONSUMER_THREADS) {
+      if (from >= CONSUMER_THREADS) load_channels(from);
+      u16 v[TOGETHER];
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int row = token_tile * TOKENS + (from + j * CONSUMER_THREADS) / (steps * 16);
+        v[j] = channels[j] < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channels[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++) {
+        int i = from + j * CONSUMER_THREADS, t = i / (steps * 16);
+        if (i < all())
+          asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + (i - t * steps * 16) * 2), "h"(v[j]) : "memory");
+      }
+    }
+    named_barrier(1, CONSUMER_THREADS);
+  }
+};
+
+// The kept channels' part of a tile, after its k walk; the k warps share its k16 steps. tile: of the warp's first 16 rows;
+// first_tile: the same within the block.
+DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring, u32 kept_x, int token_tile, int tile,
+                     int first_tile, int k_warp) {
+  const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room, each = kept_each(p);
+  const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
+  for (int first = 0; first < p.kept_steps; first += each) {
+    if (!kept_once(p) && first % room == 0) {
+      named_barrier(1, CONSUMER_THREADS);  // all are done with what lies there
+      Gather(p, first, min(room, p.kept_steps - first)).run(kept_x, token_tile);
+    }
+#if COPY != 0
+    barrier_wait(ring.full(), ring.parity);
+#endif
+#pragma unroll 1
+    for (int s = k_warp; s < min(each, p.kept_steps - first); s += K_WARPS) {
       uint4 a[WARP_TILES];
 #pragma unroll
       for (int m = 0; m < WARP_TILES; m++) {
+#if COPY != 0
+        a[m] = load_shared16(ring.data() + ((first_tile + m) * each + s) * KEPT_STEP_BYTES + lane * 16);
+#else
         a[m] = make_uint4(0, 0, 0, 0);
-        if (tile + m < tiles)
+        if (tile + m < (p.out_features + 15) / 16)
           a[m] = load_stream16(p.kept + ((u64)(tile + m) * p.kept_steps + first + s) * KEPT_STEP_BYTES + lane * 16);
+#endif
       }
 #pragma unroll
       for (int n = 0; n < N8; n += 2) {
         u32 b[2][2];
-        load_matrices(b[0], b[1], x + n * 8 * stride + s * 32);
+        load_matrices(b[0], b[1], x + n * 8 * stride + (first % room + s) * 32);
 #pragma unroll
         for (int i = 0; i < 2 * WARP_TILES; i++) {
           const uint4& w = a[i / 2];
@@ -341,6 +411,11 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, u32 kept_x
         }
       }
     }
+#if COPY != 0
+    __syncwarp();
+    if (lane == 0) barrier_arrive(ring.empty());
+    ring.advance();
+#endif
   }
 }
 
@@ -403,35 +478,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 #if COPY != 0
   if (warp >= CONSUMERS) return produce(p, schedule, shared);
 #endif
+  Gather kept(p, 0, p.kept_steps && kept_once(p) ? p.kept_steps : 0);
   wait_for_earlier_kernels();
 
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS, first_tile = row_warp * WARP_TILES;
   const u32 codes_at = X_BYTES + first_tile * SLICES * 512, affine_at = first_tile * AFFINE_BYTES;
   Ring ring(shared, 0);
   Segment s;
-  if (p.kept_steps && kept_once(p)) gather_kept(p, shared + KEPT_AT, 0, 0, p.kept_steps);
+  if (kept.steps) kept.run(shared + KEPT_AT, 0);
   while (schedule.next(s)) {
     const Place at(p, s.tile);
     float acc[WARP_TILES][SUMS];
 #pragma unroll
     for (int i = 0; i < WARP_TILES * SUMS; i++) acc[i / SUMS][i % SUMS] = 0.f;
-    if (p.kept_steps && schedule.owns(s))
-      add_kept(acc, p, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, k_warp);
-
 #if COPY == 0
     Held held;
-    Pieces pieces{p, ring.data(), ring.affine(), at.row_block, at.token_tile, s.first};
+    Held::From pieces(p, threadIdx.x, at.row_block, at.token_tile);
+    pieces.go_to(s.first, ring.data(), ring.affine());
     held.load(pieces);
 #endif
 #pragma unroll 1
     for (int step = s.first; step < s.last; step++) {
 #if COPY == 0
       // One barrier a step: a stage is written again only after the barrier of the step between.
-      pieces.stage = ring.data();
-      pieces.affine = ring.affine();
+      pieces.go_to(step, ring.data(), ring.affine());
       held.store(pieces);
       __syncthreads();
-      pieces.step = step + 1;
+      pieces.go_to(step + 1, ring.data(), ring.affine());
       if (step + 1 < s.last) held.load(pieces);
 #else
       barrier_wait(ring.full(), ring.parity);
@@ -443,6 +516,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 #endif
       ring.advance();
     }
+
+    if (p.kept_steps && schedule.owns(s))
+      add_kept(acc, p, ring, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, first_tile, k_warp);
 
     float own[OWN_TILES][SUMS];
     exchange_sums(own, acc, shared, row_warp, k_warp);

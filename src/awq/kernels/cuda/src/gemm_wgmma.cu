@@ -71,6 +71,7 @@ constexpr int BARRIERS_AT = RESULTS_AT + RESULT_BYTES;
 static_assert(K_GROUPS == 1 || ROW_BLOCKS == 1, "the exchange between warpgroups takes one block of rows");
 static_assert(K_GROUPS == 1 || SLICES > 1, "a stage must hold a slice for every warpgroup");
 static_assert(STAGES <= 8, "barriers");
+static_assert(BLOCK_TILES * 4 * KEPT_STEP_BYTES <= STAGE_BYTES, "a stage holds the weights of 64 kept channels");
 #ifdef SHARED_BYTES
 static_assert(BARRIERS_AT + 128 == SHARED_BYTES, "designs.py computes another size");
 #endif
@@ -148,7 +149,10 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared, int r
       ring.advance();
     }
     if (!schedule.owns(s)) continue;
-    for (int k = 0; k < p.kept_steps; k += 4) {
+    for (int k = 0; k < p.kept_steps; k += 4) {  // the weights of 64 kept channels in a stage, x there in the next
+      barrier_wait(ring.empty(), ring.parity);
+      copy_kept(p, ring.data(), ring.full(), at.row_block * BLOCK_TILES, BLOCK_TILES, k, 4);
+      ring.advance();
       barrier_wait(ring.empty(), ring.parity);
       barrier_expect(ring.full(), X_SLICE);
       copy_tokens(ring.data(), p.gathered, k * 16, at.token_tile * TOKENS, ring.full(), rank);
@@ -245,40 +249,28 @@ DEVICE void multiply_segment(Sums& acc, Ring& ring, const Segment& s, int tile16
   release(running);
 }
 
-// The fragments of up to 64 kept channels; 0 beyond the last, and beyond the last tile.
-DEVICE void load_kept(u32 (&a)[ROW_BLOCKS][4][4], const Params& p, int tile, int step) {
-  const int tiles = (p.out_features + 15) / 16;
-#pragma unroll
-  for (int m = 0; m < ROW_BLOCKS; m++) {
-    const u8* at = p.kept + ((u64)(tile + 4 * m) * p.kept_steps + step) * KEPT_STEP_BYTES + threadIdx.x % 32 * 16;
-#pragma unroll
-    for (int s = 0; s < 4; s++) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (tile + 4 * m < tiles && step + s < p.kept_steps) v = load_stream16(at + s * KEPT_STEP_BYTES);
-      a[m][s][0] = as_activations(v.x);
-      a[m][s][1] = as_activations(v.y);
-      a[m][s][2] = as_activations(v.z);
-      a[m][s][3] = as_activations(v.w);
-    }
-  }
-}
-
-// They come from memory at the end of a k walk; asked for at its start they are near by then.
-DEVICE void prefetch_kept(const Params& p, int tile, int lane) {
-  const int tiles = (p.out_features + 15) / 16;
-#pragma unroll
-  for (int m = 0; m < ROW_BLOCKS; m++)
-    if (tile + 4 * m < tiles && lane * 128 < p.kept_steps * KEPT_STEP_BYTES)
-      asm volatile("prefetch.global.L2 [%0];"
-                   ::"l"(p.kept + (u64)(tile + 4 * m) * p.kept_steps * KEPT_STEP_BYTES + lane * 128));
-}
-
 // The kept channels' stages, 64 at a time, after the k walk of the segment that owns the tile.
-DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int tile, int k_group) {
+DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int tile16, int k_group) {
 #pragma unroll 1
   for (int step = 0; step < p.kept_steps; step += 4) {
     u32 a[ROW_BLOCKS][4][4];
-    if (k_group == 0) load_kept(a, p, tile, step);
+    barrier_wait(ring.full(), ring.parity);
+    if (k_group == 0) {
+#pragma unroll
+      for (int m = 0; m < ROW_BLOCKS; m++)
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (step + s < p.kept_steps)
+            v = load_shared16(ring.data() + ((tile16 + 4 * m) * 4 + s) * KEPT_STEP_BYTES + threadIdx.x % 32 * 16);
+          a[m][s][0] = as_activations(v.x);
+          a[m][s][1] = as_activations(v.y);
+          a[m][s][2] = as_activations(v.z);
+          a[m][s][3] = as_activations(v.w);
+        }
+    }
+    release(ring.empty());
+    ring.advance();
     barrier_wait(ring.full(), ring.parity);
     if (k_group == 0) {
       pin(a);
@@ -369,13 +361,12 @@ DEVICE void consume(const Params& p, const Schedule& schedule, u32 shared, int r
   Segment s;
   while (schedule.next(s)) {
     const bool owner = schedule.owns(s);
-    if (owner && p.kept_steps) prefetch_kept(p, Place(p, s.tile, rank).row_block * BLOCK_TILES + tile16, lane);
     Sums acc;
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * ACC; i++) acc[i / ACC][i % ACC] = 0.f;
     multiply_segment(acc, ring, s, tile16, k_group);
     const Place at(p, recomputed(s.tile), rank);
-    if (owner && p.kept_steps) multiply_kept(acc, p, ring, at.row_block * BLOCK_TILES + tile16, k_group);
+    if (owner && p.kept_steps) multiply_kept(acc, p, ring, tile16, k_group);
     if (K_GROUPS > 1) {
       exchange_sums(acc, shared + RESULTS_AT, row_group, k_group);
       if (k_group) continue;

@@ -32,9 +32,6 @@
 #ifndef WARPS  // that multiply
 #define WARPS 16
 #endif
-#ifndef EVERY_LANE  // 1 for compute-sanitizer's racecheck, which does not follow an order through __syncwarp
-#define EVERY_LANE 0
-#endif
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
@@ -43,7 +40,8 @@ constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
 constexpr int SLOTS = 4;                           // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
-constexpr int MAX_STAGES = 16;
+constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24;
+constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
 constexpr u32 MAGIC = 0x4B400000;              // the float 1.5 * 2^23: adding an integer below 2^22 puts it in the mantissa
 constexpr float MAGIC_FLOAT = 12582912.f;
@@ -64,11 +62,12 @@ struct Params {
   int stages;          // of the ring
   int in_flight;       // stages requested and not arrived, at most
   int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
+  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way, 0: read them where they are
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
 struct Layout {
-  u32 ring, sums, x, zeros, table, kept_x, barriers;  // zeros and the table: one row's
+  u32 ring, sums, x, zeros, table, kept_x, kept, barriers;  // zeros and the table: one row's
   int pitch;           // bytes from one plane, or row, of x to the next: 64, or 16, apart in the banks
 };
 DEVICE Layout layout_of(const Params& p, u32 base) {
@@ -80,12 +79,14 @@ DEVICE Layout layout_of(const Params& p, u32 base) {
   s.zeros = s.x + (ONE ? 3 : p.rows) * s.pitch;
   s.table = s.zeros + 16;
   s.kept_x = s.table + (ONE ? p.units * GROUPS * 8 : 0);
-  s.barriers = (s.kept_x + ROWS * (p.kept_steps * 16 + 8) * 2 + 15) & ~15;
+  s.kept = (s.kept_x + ROWS * (p.kept_steps * 16 + 8) * 2 + 15) & ~15;
+  s.barriers = s.kept + p.kept_ahead * p.kept_steps * KEPT_STEP;
   return s;
 }
 DEVICE u32 full_stage(const Layout& s, int i) { return s.barriers + 8 * i; }
 DEVICE u32 empty_stage(const Layout& s, int i) { return s.barriers + 8 * (MAX_STAGES + i); }
 DEVICE u32 full_chunk(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + i); }
+DEVICE u32 full_kept(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + MAX_CHUNKS + i); }
 DEVICE u32 full_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + i); }
 DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + SLOTS + i); }
 
@@ -100,33 +101,30 @@ DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WA
 
 // -------------------------------------------------------------- signals between warps, also where there is no mbarrier
 
-// `count` signals of warps, or of one thread.
-DEVICE void signal_init(u32 at, u32 count, bool warps = true) {
-  if (EVERY_LANE && warps) count *= 32;
+// Every lane of a warp signals for itself: one that spoke for all after __syncwarp was no faster with one row, 1 % with
+// several, and racecheck does not follow such an order.
+DEVICE void signal_init(u32 at, u32 warps) {
 #if __CUDA_ARCH__ >= 800
-  barrier_init(at, count);
+  barrier_init(at, 32 * warps);
 #else
   asm volatile("st.shared.u64 [%0], %1;" ::"r"(at), "l"(0ull) : "memory");
 #endif
 }
-// By a whole warp, whose accesses before are over: one lane speaks for all.
 DEVICE void signal(u32 at) {
-  __syncwarp();
-  if (EVERY_LANE || threadIdx.x % 32 == 0)
 #if __CUDA_ARCH__ >= 800
-    barrier_arrive(at);
+  barrier_arrive(at);
 #else
-    asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");
+  asm volatile("red.release.cta.shared.add.u32 [%0], 1;" ::"r"(at) : "memory");
 #endif
 }
-// Until `count` signals came for the `turn`-th time (from 0; -1 is over at once).
-DEVICE void await(u32 at, int turn, int count) {
+// Until `warps` warps signalled for the `turn`-th time (from 0; -1 is over at once).
+DEVICE void await(u32 at, int turn, int warps) {
 #if __CUDA_ARCH__ >= 800
   barrier_wait(at, turn & 1);
 #else
   int seen;
   do asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(seen) : "r"(at) : "memory");
-  while (seen < (turn + 1) * count * (EVERY_LANE ? 32 : 1));
+  while (seen < (turn + 1) * warps * 32);
 #endif
 }
 
@@ -184,13 +182,13 @@ DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 // and all of 28672 channels at once took 2 us in which the math stood still.
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
-  int k = 16 * (part >> 1) + 4 * (part & 1);
-  uint2 lower = k < p.in_features ? load_fresh8(p.x + k) : make_uint2(0, 0);
-  uint2 upper = k + 8 < p.in_features ? load_fresh8(p.x + k + 8) : make_uint2(0, 0);
-  return make_uint4(lower.x, lower.y, upper.x, upper.y);
+  return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
 }
+// Two lanes loaded 0..7 and 8..15 of a k16 step; each gets 4 of both.
 DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
-  make_planes(s, raw, part < p.units * (UNIT_K / 8), part);
+  bool upper = part & 1;
+  u32 x = __shfl_xor_sync(~0u, upper ? raw.x : raw.z, 1), y = __shfl_xor_sync(~0u, upper ? raw.y : raw.w, 1);
+  make_planes(s, upper ? make_uint4(x, y, raw.z, raw.w) : make_uint4(raw.x, raw.y, x, y), part < p.units * (UNIT_K / 8), part);
 }
 
 // Several rows: 8 k of each to where they are.
@@ -204,10 +202,10 @@ DEVICE void copy_part(const Params& p, const Layout& s, int part) {
     if (row < p.rows) store_shared16(s.x + row * s.pitch + part * 16, raw[row]);
 }
 #if AWQ_RING
-// Of more than a stage's channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of that
-// many slower (4096 x 4096: 5.2 and 4.9). Math warps await them chunk by chunk; what lies beyond the channels is zero.
+// Of more than two stages' channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of fewer
+// slower (4096 x 4096: 5.2 and 4.6). Math warps await them chunk by chunk; what lies beyond the channels is zero.
 constexpr int CHUNK_K = 8 * MATH_THREADS;
-DEVICE bool copies_rows(const Params& p) { return !ONE && !keeps(p); }
+DEVICE bool copies_rows(const Params& p) { return !ONE && p.units > 2 * WARPS; }
 DEVICE void copy_rows(const Params& p, const Layout& s, int lane) {
   if (lane == 0)
     for (int i = 0; i < chunks_of(p); i++) {
@@ -497,16 +495,22 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     }
   } else {
 #if AWQ_RING
-    clear_beyond(p, s, thread);
+    if (copies_rows(p)) {
+      clear_beyond(p, s, thread);
 #pragma unroll 1
-    for (int i = 0; i < chunks; i++) {
-      barrier_wait(full_chunk(s, i), 0);
-      stage();
+      for (int i = 0; i < chunks; i++) {
+        barrier_wait(full_chunk(s, i), 0);
+        stage();
+      }
+    } else
+#endif
+    {
+      wait_for_earlier_kernels();
+#pragma unroll 2
+      for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
+      named_barrier(1, MATH_THREADS);
     }
-#else
-    wait_for_earlier_kernels();
-    for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
-    named_barrier(1, MATH_THREADS);
+#if !AWQ_RING
     if (tile < count) fetch(w, tile, unit);  // not before: too few registers for both
 #endif
   }
@@ -516,50 +520,99 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 
 // ------------------------------------------------------------------------------------------------------ output warp
 
-// x[:, kept] of every row, zero in the padding.
-DEVICE void gather_kept(const Params& p, const Layout& s, int lane) {
-  int width = p.kept_steps * 16;
-  for (int i = lane; i < width; i += 32) {
-    int k = __ldg(p.index + i);
+// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before the wait for x, and several
+// at a time: one after the other each would wait for memory twice.
+struct Gather {
+  static constexpr int TOGETHER = ONE ? 4 : 2;
+  int channels[TOGETHER];
+
+  DEVICE void load_channels(const Params& p, int from) {
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-      u16 v = k >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + k) : (u16)0;
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(s.kept_x + (row * (width + 8) + i) * 2), "h"(v) : "memory");
+    for (int j = 0; j < TOGETHER; j++) {
+      int i = from + 32 * j;
+      channels[j] = i < p.kept_steps * 16 ? __ldg(p.index + i) : -1;
     }
   }
-  __syncwarp();
-}
+  DEVICE void run(const Params& p, const Layout& s, int lane) {
+    int width = p.kept_steps * 16;
+#pragma unroll 1
+    for (int from = lane; from < width; from += 32 * TOGETHER) {
+      if (from >= 32) load_channels(p, from);
+      u16 v[TOGETHER][ROWS];
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++)
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          v[j][row] = channels[j] >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + channels[j]) : (u16)0;
+#pragma unroll
+      for (int j = 0; j < TOGETHER; j++)
+#pragma unroll
+        for (int row = 0; row < ROWS; row++)
+          if (from + 32 * j < width)
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(s.kept_x + (row * (width + 8) + from + 32 * j) * 2), "h"(v[j][row]) : "memory");
+    }
+    __syncwarp();
+  }
+};
 
-// The kept channels' part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it.
-DEVICE void multiply_kept(const Params& p, const Layout& s, int tile, int lane, float (&d)[4]) {
-  const u8* from = p.kept + (u64)tile * p.kept_steps * 512 + lane * 16;
+// The kept channels of a tile of this block on their way to shared memory, by one lane.
+#if AWQ_RING
+DEVICE void copy_kept(const Params& p, const Layout& s, int i) {
+  int slot = i & (p.kept_ahead - 1), bytes = p.kept_steps * KEPT_STEP;
+  barrier_expect(full_kept(s, slot), bytes);
+  copy_bulk(s.kept + slot * bytes, p.kept + (u64)tile_at(i) * bytes, bytes, full_kept(s, slot));
+}
+#endif
+
+// Their part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it. load: 16 bytes of a step
+template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s, int lane, float (&d)[4], LOAD load) {
   u32 x = s.kept_x + (((lane >> 2) % ROWS) * (p.kept_steps * 16 + 8) + 2 * (lane & 3)) * 2;
 #pragma unroll 4
   for (int step = 0; step < p.kept_steps; step++) {
-    uint4 a = load_stream16(from + step * 512);
+    uint4 a = load(step * KEPT_STEP + lane * 16);
     mma_acc(d, as_activations(a.x), as_activations(a.y), as_activations(a.z), as_activations(a.w),
             load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
   }
 }
+// Read where they are, they made the output warp the slowest of all: 12288 x 4096 with 1 % kept took 11.0 us instead of 7.1.
+DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lane, float (&d)[4]) {
+#if AWQ_RING
+  if (p.kept_ahead) {
+    int slot = i & (p.kept_ahead - 1);
+    u32 from = s.kept + slot * p.kept_steps * KEPT_STEP;
+    barrier_wait(full_kept(s, slot), (i >> (p.kept_ahead >> 1)) & 1);
+    multiply_kept(p, s, lane, d, [&](int at) { return load_shared16(from + at); });
+    __syncwarp();
+    if (lane == 0 && i + p.kept_ahead < count) copy_kept(p, s, i + p.kept_ahead);
+    return;
+  }
+#endif
+  const u8* from = p.kept + (u64)tile_at(i) * p.kept_steps * KEPT_STEP;
+  multiply_kept(p, s, lane, d, [&](int at) { return load_stream16(from + at); });
+}
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
-#if __CUDA_ARCH__ >= 900
-  if (p.kept_steps)
-    for (int i = lane; i < count; i += 32) prefetch_bulk(p.kept + (u64)tile_at(i) * p.kept_steps * 512, p.kept_steps * 512);
+#if AWQ_RING
+  if (lane == 0)
+    for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
 #endif
+  Gather kept;
+  if (p.kept_steps) kept.load_channels(p, lane);
+  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f; };
+  float bias[2] = {bias_at(tile_at(0) * TILE_ROWS + r), bias_at(tile_at(0) * TILE_ROWS + r + 8)};
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
-  if (p.kept_steps) gather_kept(p, s, lane);
+  if (p.kept_steps) kept.run(p, s, lane);
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
-    float bias0 = p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f;
-    float bias1 = p.bias && n + 8 < p.out_features ? widen(__ldg(p.bias + n + 8)) : 0.f;
-    float d[4] = {bias0, bias0, bias1, bias1}, sums[4] = {};
-    if (p.kept_steps) multiply_kept(p, s, tile_at(i), lane, d);
+    float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {};
+    bias[0] = bias_at(tile_at(i + 1) * TILE_ROWS + r);  // a tile ahead
+    bias[1] = bias_at(tile_at(i + 1) * TILE_ROWS + r + 8);
+    if (p.kept_steps) add_kept(p, s, i, count, lane, d);
     await(full_slot(s, slot), turn_of(p, i), several);
     u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
     auto add = [&](int from_warp) {
@@ -646,9 +699,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
   if (warp == WARPS + 1) {
     Copier copier(p);
     if (lane == 0) {
-      for (int i = 0; i < p.stages; i++) signal_init(full_stage(s, i), 1, false);
+      for (int i = 0; i < p.stages; i++) barrier_init(full_stage(s, i), 1);
       if (copies_rows(p))
-        for (int i = 0; i < chunks_of(p); i++) signal_init(full_chunk(s, i), 1, false);
+        for (int i = 0; i < chunks_of(p); i++) barrier_init(full_chunk(s, i), 1);
+      for (int i = 0; i < p.kept_ahead; i++) barrier_init(full_kept(s, i), 1);
       fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
       copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
