@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
+from awq.algorithm.capture import Chunk, InputStats, Stop, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
@@ -26,18 +26,53 @@ MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (e
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that holds most of the model's linear weights, and its name."""
+    """The list of blocks that text runs through, and its name; `model` may be on the meta device.
 
-    def weights(blocks: nn.ModuleList) -> int:
-        return sum(math.prod(linear_shape(module) or (0,)) for module in blocks.modules())
-
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = max(lists, key=lambda item: weights(item[1]), default=None)
-    if found is None or not weights(found[1]):
+    Vision and audio towers have lists of their own: of several, it is the first that a forward on tokens alone enters.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not within and any(map(_has_linears, module)):
+            lists[name] = module
+    if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks with linear layers, so there is nothing to quantize."
         )
-    return found
+    name = next(iter(lists)) if len(lists) == 1 else _first_entered(model, lists)
+    return name, lists[name]
+
+
+def _has_linears(block: nn.Module) -> bool:
+    return linear_shape(block) is None and any(linear_shape(module) for module in block.modules())
+
+
+def _first_entered(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
+    """The list one of whose blocks a forward on tokens alone calls first. Zeros stand for the weights on the way."""
+    entered: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_block: nn.Module, _args: object) -> None:
+            entered.append(name)
+            raise Stop
+
+        return hook
+
+    # one zero each, expanded: an embedding may be gigabytes, and on the meta device
+    zeros = {
+        name: torch.zeros((), dtype=p.dtype, device="cpu" if p.is_meta else p.device).expand(p.shape)
+        for name, p in model.named_parameters()
+        if not any(name.startswith(f"{blocks}.") for blocks in lists)
+    }
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=next(iter(zeros.values())).device)
+    with ExitStack() as hooks, torch.no_grad(), suppress(Stop):
+        for name, blocks in lists.items():
+            for block in blocks:
+                hooks.callback(block.register_forward_pre_hook(note(name)).remove)
+        torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+    if not entered:
+        raise UnsupportedModelError(f"{type(model).__name__} runs none of {', '.join(lists)} on text alone.")
+    return entered[0]
 
 
 def quantize_blocks(
@@ -74,7 +109,7 @@ def quantize_blocks(
                     for group in structure.groups:
                         _scale_group(block, group, linears, config, stored_in)
                 sets = _sets(structure, linears)
-                if propagated:
+                if propagated and probe.calls[index]:
                     results = _propagate(streams, sets, config, columns)
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
@@ -110,7 +145,7 @@ def _look(
     probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
     def run() -> Tensor:
-        return probe.calls[index].run(block, probe.hidden)
+        return probe.run(index, block, probe.hidden)
 
     with fast_matmul(enabled=False):
         structure = find_structure(block, run)
