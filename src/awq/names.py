@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from os.path import commonprefix
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -43,12 +42,14 @@ def not_converted(model: Any, kept: Collection[str], quantized: Collection[str])
     return tuple(found)
 
 
-def text_prefixes(model: Any, quantized: Iterable[str]) -> tuple[str, ...]:
-    """What tensors that text passes begin with: the tower of the `quantized` linears, the embeddings in and out."""
+def text_prefixes(model: Any, quantized: Collection[str]) -> tuple[str, ...]:
+    """What the names of the language part begin with: the tower that holds its embeddings and what is `quantized`."""
     inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules() if module in (inner, outer)}
-    tower = commonprefix([name.split(".") for name in (*quantized, names[inner])])
-    return (".".join([*tower, ""]), *(f"{name}." for name in names.values()))
+    tower = names[inner]
+    while tower and not all(name.startswith(f"{tower}.") for name in quantized):
+        tower = tower.rpartition(".")[0]
+    return (f"{tower}." if tower else "", *(f"{name}." for name in names.values()))
 
 
 def prefixes(kept: Iterable[str], quantized: Collection[str]) -> list[str]:

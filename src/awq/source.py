@@ -172,7 +172,7 @@ def auto_class(config: PretrainedConfig) -> Any:
     AutoModelForCausalLM makes of some vision-language configurations only the language part, configured by a part.
     """
     kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
-    known = {auto: made for auto in kinds if (made := auto._model_mapping.get(type(config), None))}
+    known: dict[Any, Any] = {auto: made for auto in kinds if (made := auto._model_mapping.get(type(config), None))}
     whole = (auto for auto, made in known.items() if made.config_class is type(config))
     return next(whole, next(iter(known), AutoModelForCausalLM))
 

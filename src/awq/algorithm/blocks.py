@@ -22,6 +22,7 @@ from awq.linears import linear_shape
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
+_FAILED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a model raises for its inputs
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
 
 
@@ -65,13 +66,19 @@ def _first_entered(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
         if not any(name.startswith(f"{blocks}.") for blocks in lists)
     }
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=next(iter(zeros.values())).device)
+    reason = "none of them is run"
     with ExitStack() as hooks, torch.no_grad(), suppress(Stop):
         for name, blocks in lists.items():
             for block in blocks:
                 hooks.callback(block.register_forward_pre_hook(note(name)).remove)
-        torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+        try:
+            torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+        except _FAILED as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
     if not entered:
-        raise UnsupportedModelError(f"{type(model).__name__} runs none of {', '.join(lists)} on text alone.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not show on text alone which of {', '.join(lists)} reads it: {reason}."
+        )
     return entered[0]
 
 
