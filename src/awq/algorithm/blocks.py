@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, Stop, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
+from awq.algorithm.folded import Folded
+from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
 from awq.algorithm.scale import search_scale
@@ -112,12 +113,15 @@ def quantize_blocks(
                     for linear, module in block.named_modules()
                     if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}")
                 }
-                if config.scale:
-                    for group in structure.groups:
-                        _scale_group(block, group, linears, config, stored_in)
+                groups = structure.groups if config.scale else ()
+                folds = [made for group in groups if (made := _scale_group(block, group, linears, config, stored_in))]
                 sets = _sets(structure, linears)
                 if propagated and probe.calls[index]:
                     results = _propagate(streams, sets, config, columns)
+                    while _undone(folds, results, block, linears):
+                        streams.done.clear()
+                        results = _propagate(streams, sets, config, columns)
+                    streams.advance()
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
@@ -132,8 +136,17 @@ def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, c
         for part, (fit, held_out) in zip(together, moments, strict=True):
             results |= solve_propagated(part, fit, held_out, config, columns)
         streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
-    streams.advance()
     return results
+
+
+def _undone(folds: list[Folded], results: Results, block: nn.Module, linears: Linears) -> bool:
+    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
+    losses = {name: (result.report["loss"], result.report["loss_rounding"]) for name, result in results.items()}
+    worse = [made for made in folds if made.is_worse(losses)]
+    for made in worse:
+        made.undo(block, linears)
+        folds.remove(made)
+    return bool(worse)
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:
@@ -171,17 +184,10 @@ def storage_dtype(block: nn.Module) -> torch.dtype:
 
 def _scale_group(
     block: nn.Module, group: ScaleGroup, linears: Linears, config: QuantConfig, stored_in: torch.dtype
-) -> None:
+) -> Folded | None:
     consumers = [linears[name] for name in group.consumers if name in linears]
     if not consumers or not all(consumer.usable for consumer in consumers):
-        return
+        return None
     weights = [consumer.weight for consumer in consumers]
     scale = search_scale(weights, consumers[0].stats, lambda w: plain(w, config), group.reduce, group.expand)
-    if scale is None:
-        return
-    applied = fold(block, group, scale, stored_in)
-    stats = consumers[0].stats.rescaled(applied)
-    for consumer in consumers:
-        consumer.scale_input(applied, stats, group.producer)
-    if group.producer in linears:
-        group.rows(linears[group.producer].row_scale).mul_(scale.view(group.parts, -1))
+    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)
