@@ -157,12 +157,20 @@ def save_quantized(
         quant=config,
         linears=_quantized_linears(model),
         floats=_float_tensors(model),
-        report=report,
+        report=_by_stored_names(model, report),
         extras=extras,
         shard_size=shard_size,
         overwrite=overwrite,
         verify=verify,
     )
+
+
+def _by_stored_names(model: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of the linears under the names that the checkpoint has them under."""
+    stored = of_module(to_stored(model))
+    return report | {
+        key: {stored(name): of for name, of in report[key].items()} for key in ("linears", "not_converted")
+    }
 
 
 def quantize_folder(
@@ -280,7 +288,7 @@ def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
         key = (tensor.data_ptr(), tensor.shape)
-        if name.startswith(quantized) or key in seen:
+        if name.startswith(quantized) or (name in tied and key in seen):
             continue
         seen.add(key)
         yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 and name.startswith(text) else tensor

@@ -16,6 +16,7 @@ from awq import AutoAWQForCausalLM
 from awq.algorithm.blocks import find_blocks
 from awq.algorithm.groups import fold
 from awq.calibration import CalibrationSet
+from awq.checkpoint.read import open_checkpoint
 from awq.config import QuantConfig
 from awq.load import load_dequantized, load_quantized
 from awq.recipe import quantize_model, save_quantized
@@ -96,6 +97,8 @@ def test_saved_and_loaded_with_its_other_tower_as_it_was(vision: Vision, tmp_pat
     save_quantized(model, tmp_path / "awq", report)
     assert stored_names(tmp_path / "awq") == stored_names(tmp_path / "float")
     assert_equal_outside(tmp_path)
+    checkpoint = open_checkpoint(tmp_path / "awq")
+    assert set((checkpoint.report or {})["linears"]) == set(checkpoint.linears)
     plain = load_dequantized(tmp_path / "awq")
     loaded = load_quantized(tmp_path / "awq", kernel="reference", device="cpu", dtype=torch.float32)
     for look in (logits, lambda seeing: sight(seeing, vision)):

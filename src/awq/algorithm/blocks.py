@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 
 import torch
@@ -18,7 +18,7 @@ from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
-from awq.linears import linear_shape
+from awq.linears import linear_shape, shared_parameters
 
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
@@ -95,9 +95,11 @@ def quantize_blocks(
 
     tokens: int64 [sequences, seq_len]. Norms and biases are changed in place as scales are folded; the linears keep
     their (scaled) float weights, for the caller to replace. `wanted(name)` says which linears to quantize; the others
-    are scaled with their group and stay float. `columns` is the inner loop of compensated rounding.
+    are scaled with their group and stay float. What the model uses in two places is left alone. `columns` is the inner
+    loop of compensated rounding.
     """
     prefix, blocks = find_blocks(model)
+    shared = shared_parameters(model)
     propagated = config.effort != "fast"
     with torch.no_grad():
         probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
@@ -111,9 +113,9 @@ def quantize_blocks(
                 linears = {
                     linear: Linear(module, stats.get(linear), config)
                     for linear, module in block.named_modules()
-                    if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}")
+                    if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}") and id(module.weight) not in shared
                 }
-                groups = structure.groups if config.scale else ()
+                groups = [group for group in structure.groups if config.scale and _alone(block, group, shared)]
                 folds = [made for group in groups if (made := _scale_group(block, group, linears, config, stored_in))]
                 sets = _sets(structure, linears)
                 if propagated and probe.calls[index]:
@@ -180,6 +182,12 @@ def storage_dtype(block: nn.Module) -> torch.dtype:
     """What the block's norms are stored in: their own half precision, float16 for a float32 model."""
     dtype = next(block.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
+    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
+    modules = map(block.get_submodule, (group.producer, *group.consumers))
+    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
 
 
 def _scale_group(
