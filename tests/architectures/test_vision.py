@@ -14,12 +14,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from awq import AutoAWQForCausalLM
 from awq.algorithm.blocks import find_blocks
+from awq.algorithm.capture import enter_model
 from awq.algorithm.groups import fold
 from awq.calibration import CalibrationSet
 from awq.checkpoint.read import open_checkpoint
 from awq.config import QuantConfig
 from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
+from awq.recipe import quantize_folder, quantize_model, save_quantized
 from awq.source import find_source, skeleton
 from tests.architectures.test_architectures import (
     TOKENS,
@@ -70,6 +71,24 @@ def test_the_groups_of_every_block_that_reads_text(vision: Vision) -> None:
         assert found == (set() if index in vision.unread else set(vision.groups))
         read = {name for names in structure.input_sets for name in names}
         assert read == (set() if index in vision.unread else linear_names(block))
+
+
+@every_vision
+def test_entering_the_model_sees_what_the_blocks_see(vision: Vision) -> None:
+    """Positions (of three axes, in some), masks and all: the calls noted in passing lead to what the model computes."""
+    model = model_of(vision)
+    _, blocks = find_blocks(model)
+    seen: list[Tensor] = []
+    handle = blocks[-1].register_forward_hook(
+        lambda _block, _args, out: seen.append(out[0] if type(out) is tuple else out)
+    )
+    with torch.no_grad():
+        logits(model)
+        handle.remove()
+        chunk = enter_model(model, blocks, TOKENS, torch.device("cpu"))[0]
+        for index, block in enumerate(blocks):
+            chunk.hidden = chunk.run(index, block, chunk.hidden)
+    assert distance(chunk.hidden, seen[0]) < 1e-6
 
 
 @every_vision
@@ -145,17 +164,47 @@ def test_other_engines_are_told_what_stays_float(vision: Vision, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:.*vLLM.*")
 def test_the_way_of_a_user(vision: Vision, tmp_path: Path) -> None:
     """from_pretrained, quantize with text, save with the processor, from_quantized, generate about an image."""
-    model_of(vision).to(torch.bfloat16).save_pretrained(tmp_path / "float")
-    for name, content in PROCESSOR.items():
-        (tmp_path / "float" / name).write_text(content)
+    save_float(vision, tmp_path / "float")
     model = AutoAWQForCausalLM.from_pretrained(tmp_path / "float")
     model.tokenizer = byte_tokenizer()
     letters = TOKENS % 80 + 1
     model.quantize(quant_config={"q_group_size": 32}, calib_data=letters.tolist(), max_calib_seq_len=16)
     model.save_quantized(tmp_path / "awq")
+    assert_answers(tmp_path / "awq", vision)
+
+
+@pytest.mark.filterwarnings("ignore:.*vLLM.*")
+def test_the_way_of_a_folder(tmp_path: Path) -> None:
+    """The command line's: structure and settings are checked before the weights are read."""
+    vision = next(one for one in VISION if one.core)
+    save_float(vision, tmp_path / "float")
+    byte_tokenizer().save_pretrained(tmp_path / "float")
+    (tmp_path / "text.txt").write_text("letters,digits,and-no-space-between-them" * 20)
+    finished = quantize_folder(
+        tmp_path / "float",
+        tmp_path / "awq",
+        QuantConfig(group_size=32),
+        calibration=[tmp_path / "text.txt"],
+        samples=8,
+        seq_len=32,
+        device="cpu",
+        progress=False,
+    )
+    assert len(finished.report["linears"]) == 14
+    assert_answers(tmp_path / "awq", vision)
+
+
+def save_float(vision: Vision, folder: Path) -> None:
+    model_of(vision).to(torch.bfloat16).save_pretrained(folder)
     for name, content in PROCESSOR.items():
-        assert (tmp_path / "awq" / name).read_text() == content
-    loaded = AutoAWQForCausalLM.from_quantized(tmp_path / "awq")
+        (folder / name).write_text(content)
+
+
+def assert_answers(folder: Path, vision: Vision) -> None:
+    """The processor lies there as it was, and the model says something to a picture and to words."""
+    for name, content in PROCESSOR.items():
+        assert (folder / name).read_text() == content
+    loaded = AutoAWQForCausalLM.from_quantized(folder)
     assert type(loaded.model) is vision.model_class()
     for inputs in (vision.inputs(), {"input_ids": TOKENS[:1]}):
         answer = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
