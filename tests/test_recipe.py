@@ -1,11 +1,14 @@
+import copy
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoTokenizer
 
 from awq.calibration import CalibrationSet
@@ -31,6 +34,11 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(input_ids=random_tokens(2, 24, seed=5)).logits.float()
         return result
+
+
+def distance(model: Any, other: Any) -> float:
+    old = logits(other)
+    return float((logits(model) - old).norm() / old.norm())
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -184,3 +192,36 @@ def test_a_name_that_excludes_nothing_is_said() -> None:
     config = QuantConfig(group_size=32, modules_to_not_convert=("typo_proj",))
     with pytest.warns(UserWarning, match="no module's name has 'typo_proj'"):
         quantize_model(tiny_llama(), config, TEXT, device="cpu", progress=False)
+
+
+def one_module_in_two_blocks(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+
+
+def one_weight_in_two_linears(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+
+
+@pytest.mark.parametrize("share", [one_module_in_two_blocks, one_weight_in_two_linears])
+def test_shared_linears_stay_float_in_each_of_their_places(share: Callable[[Any], None], tmp_path: Path) -> None:
+    model = tiny_llama()
+    share(model)
+    report = quantize_model(model, QuantConfig(group_size=32), TEXT, device="cpu", progress=False)
+    shared = [name for name, reason in report["not_converted"].items() if reason == "shared with another place"]
+    assert len(shared) == 2 and len(report["linears"]) == 12
+    save_quantized(model, tmp_path / "awq", report)
+    kept = json.loads((tmp_path / "awq/config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert set(kept) == {*shared, "lm_head"}
+    loaded = load_quantized(tmp_path / "awq", kernel="reference", device="cpu", dtype=torch.float32)
+    assert distance(loaded, load_dequantized(tmp_path / "awq")) < 1e-4
+    assert distance(loaded, model) < 3e-3
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_block_that_is_run_again_and_again_is_quantized_once(effort: str) -> None:
+    model = tiny_llama(num_hidden_layers=3)
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    original = copy.deepcopy(model)
+    report = quantize_model(model, QuantConfig(group_size=32, effort=effort), TEXT, device="cpu", progress=False)
+    assert len(report["linears"]) == 7
+    assert 0 < distance(model, original) < 0.3

@@ -45,13 +45,22 @@ _IDLE_QUANTIZE = {
 class AwqModel(nn.Module):
     """A causal language model, float or quantized; `.model` is the transformers model inside."""
 
-    def __init__(self, model: Any, *, name: str, tokenizer: Any = None, source: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        tokenizer: Any = None,
+        source: Path | None = None,
+        beside: Mapping[str, Path] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.name = name
         self.source = source  # the quantized checkpoint it was loaded from
         self.tokenizer = tokenizer
         self.processor: Any = None
+        self.beside = beside  # files of the float model that are saved as they are
         self.report: dict[str, Any] | None = None
         self.quant_config = QuantConfig()
         self.is_quantized = source is not None
@@ -154,6 +163,7 @@ class AwqModel(nn.Module):
             self.report,
             tokenizer=self.tokenizer,
             processor=self.processor,
+            beside=self.beside,
             shard_size=shard_size,
             overwrite=overwrite,
         )
@@ -189,7 +199,7 @@ class AutoAWQForCausalLM:
         source.config()
         chosen = pick_dtype(dtype if dtype is not None else torch_dtype)
         model = source.load(chosen or "auto", _float_device_map(device_map, source), **model_init_kwargs)
-        return AwqModel(model, name=source.name)
+        return AwqModel(model, name=source.name, beside=source.processor_files())
 
     @staticmethod
     def from_quantized(

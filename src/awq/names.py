@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,6 +32,37 @@ def to_stored(model: Any) -> Rename:
 def of_module(rename: Rename) -> Rename:
     """The same renaming for a linear, which goes by its weight: transformers' patterns are made for tensors."""
     return lambda name: rename(f"{name}.weight").removesuffix(".weight")
+
+
+def not_converted(model: Any, kept: Collection[str], quantized: Collection[str]) -> tuple[str, ...]:
+    """What stays float, as vLLM looks for it, by stored names, and as transformers does, by its own."""
+    found: dict[str, None] = {}
+    for spelled in (of_module(to_stored(model)), str):
+        found |= dict.fromkeys(prefixes(map(spelled, kept), list(map(spelled, quantized))))
+    return tuple(found)
+
+
+def text_prefixes(model: Any, quantized: Collection[str]) -> tuple[str, ...]:
+    """What the names of the language part begin with: the tower that holds its embeddings and what is `quantized`."""
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules() if module in (inner, outer)}
+    tower = names[inner]
+    while tower and not all(name.startswith(f"{tower}.") for name in quantized):
+        tower = tower.rpartition(".")[0]
+    return (f"{tower}." if tower else "", *(f"{name}." for name in names.values()))
+
+
+def prefixes(kept: Iterable[str], quantized: Collection[str]) -> list[str]:
+    """The names of `kept` linears, as "tower." for all of a part of the model where none is `quantized`.
+
+    Engines that build a part from modules of other names leave it alone by its prefix; the dot is what they match by.
+    """
+    found: dict[str, None] = {}
+    for name in kept:
+        parts = name.split(".")
+        parents = (".".join(parts[:depth]) + "." for depth in range(1, len(parts)))
+        found[next((parent for parent in parents if not any(parent in other for other in quantized)), name)] = None
+    return list(found)
 
 
 def _renamings(conversions: Iterable[Any]) -> list[WeightRenaming]:

@@ -10,7 +10,7 @@ from torch import nn
 from awq.algorithm.blocks import find_blocks
 from awq.config import QuantConfig
 from awq.errors import ConfigError
-from awq.linears import LinearShape, linear_shape
+from awq.linears import LinearShape, linear_shape, shared_parameters
 
 DEFAULT_GROUP_SIZES = (128, 64, 32)
 # A linear that no format can hold stays float where it is this small, such as a shared expert's gate.
@@ -39,15 +39,21 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     blocks, _ = find_blocks(model)
     wanted: dict[str, LinearShape] = {}
     not_converted: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if shape := linear_shape(module):
-            reason = _keep_float(name, shape, blocks, config)
+    shared = shared_parameters(model)
+    once = dict(model.named_modules())
+    for name, module in model.named_modules(remove_duplicate=False):
+        in_two_places = id(getattr(module, "weight", None)) in shared
+        if (shape := linear_shape(module)) and (name in once or in_two_places):
+            reason = _keep_float(name, shape, blocks, config) or (
+                "shared with another place" if in_two_places else None
+            )
             if reason is None:
                 wanted[name] = shape
             else:
                 not_converted[name] = reason
     if not wanted:
-        raise ConfigError("nothing is left to quantize: modules_to_not_convert excludes every linear of the blocks.")
+        reasons = {reason for name, reason in not_converted.items() if name.startswith(blocks + ".")}
+        raise ConfigError(f"nothing is left to quantize: the linears of the blocks are {', '.join(sorted(reasons))}.")
     config, notes = _resolve_group_size(wanted, config)
     _check_shapes(wanted, config)
     return Plan(config, blocks, tuple(wanted), not_converted, (*notes, *_unmatched(model, config)))
@@ -66,7 +72,7 @@ def _keep_float(name: str, shape: LinearShape, blocks: str, config: QuantConfig)
     if not name.startswith(blocks + "."):
         return "outside the blocks"
     if any(part in name for part in config.modules_to_not_convert):
-        return "asked by modules_to_not_convert"
+        return "excluded by modules_to_not_convert"
     if shape.out_features % 8 and math.prod(shape) < SMALL_LINEAR:
         return f"out_features {shape.out_features} is not a multiple of 8"
     return None

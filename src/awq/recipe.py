@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from awq.config import QuantConfig
 from awq.errors import CalibrationError, ConfigError
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import of_module, to_stored
+from awq.names import not_converted, of_module, text_prefixes, to_stored
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
@@ -125,17 +126,24 @@ def save_quantized(
     *,
     tokenizer: Any = None,
     processor: Any = None,
+    beside: Mapping[str, Path] | None = None,
     shard_size: str | int = "5GB",
     overwrite: bool = False,
     verify: str = "quick",
 ) -> Written:
-    """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder."""
+    """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder.
+
+    beside: files of the source that travel along as they are, by their name in the folder
+    """
     config = replace(
         QuantConfig.from_dict(report["recipe"]["config"]),
-        modules_to_not_convert=tuple(map(of_module(to_stored(model)), report["not_converted"])),
+        modules_to_not_convert=not_converted(model, report["not_converted"], report["linears"]),
     )
 
     def extras(target: Path) -> None:
+        for name, path in (beside or {}).items():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
         for part in (tokenizer, processor):
             if part is not None:
                 part.save_pretrained(target)
@@ -149,12 +157,20 @@ def save_quantized(
         quant=config,
         linears=_quantized_linears(model),
         floats=_float_tensors(model),
-        report=report,
+        report=_by_stored_names(model, report),
         extras=extras,
         shard_size=shard_size,
         overwrite=overwrite,
         verify=verify,
     )
+
+
+def _by_stored_names(model: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of the linears under the names that the checkpoint has them under."""
+    stored = of_module(to_stored(model))
+    return report | {
+        key: {stored(name): of for name, of in report[key].items()} for key in ("linears", "not_converted")
+    }
 
 
 def quantize_folder(
@@ -215,7 +231,15 @@ def quantize_folder(
     float_model = float_model or source.load()
     report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
     report["recipe"] = recipe
-    written = save_quantized(float_model, output, report, tokenizer=tokenizer, overwrite=overwrite, verify=verify)
+    written = save_quantized(
+        float_model,
+        output,
+        report,
+        tokenizer=tokenizer,
+        beside=source.processor_files(),
+        overwrite=overwrite,
+        verify=verify,
+    )
     return Finished(written.path, report, written.warnings, written.bytes)
 
 
@@ -242,7 +266,7 @@ def _model_config(model: Any) -> dict[str, Any]:
     config = copy.deepcopy(model.config)
     drop_quantization(config)
     config.architectures = [type(model).__name__]
-    config.dtype = storage_dtype(model)
+    config.dtype = config.get_text_config().dtype = storage_dtype(model.get_input_embeddings())
     settings: dict[str, Any] = json.loads(config.to_json_string())
     settings.pop("_name_or_path", None)
     return settings
@@ -256,15 +280,15 @@ def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
             yield rename(name), module.packed, bias if isinstance(bias, Tensor) else None, module.outliers
 
 
-def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that is not in a QuantLinear, tied tensors once, in the storage dtype."""
+def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Everything that is not in a QuantLinear, tied tensors once; the language part in the storage dtype."""
     quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype, rename = storage_dtype(model), to_stored(model)
+    dtype, rename, text = storage_dtype(model.get_input_embeddings()), to_stored(model), text_prefixes(model, quantized)
     seen: set[tuple[int, torch.Size]] = set()
     tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
         key = (tensor.data_ptr(), tensor.shape)
-        if name.startswith(quantized) or key in seen:
+        if name.startswith(quantized) or (name in tied and key in seen):
             continue
         seen.add(key)
-        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 and name.startswith(text) else tensor

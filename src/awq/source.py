@@ -15,13 +15,22 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub_errors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from awq.checkpoint.files import TensorFiles
 from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
 
 # Everything a model folder needs and nothing that runs code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
+# What turns images, sound and chats into a model's inputs; it belongs beside the quantized weights as it is.
+_PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja")
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
 # What readers of damaged files and unknown architectures have been seen to raise.
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
@@ -42,6 +51,11 @@ class Source:
 
     def weight_files(self) -> list[Path]:
         return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
+
+    def processor_files(self) -> dict[str, Path]:
+        """The files of the processor, by their name in the folder: they are saved beside the quantized weights."""
+        found = {path for pattern in _PROCESSOR_FILES for path in self.folder.glob(pattern)}
+        return {} if self.gguf else {str(path.relative_to(self.folder)): path for path in sorted(found)}
 
     def config(self) -> PretrainedConfig:
         with _one_sentence(self.name, "configuration"):
@@ -65,7 +79,7 @@ class Source:
         if self.gguf and dtype == "auto":
             dtype = torch.float16
         with _one_sentence(self.name, "weights"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(self.config()).from_pretrained(
                 self.folder,
                 dtype=dtype,
                 device_map=device_map,
@@ -149,7 +163,18 @@ def find_folder(model: str | Path, *, revision: str | None = None, code: bool = 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """The model of `config` with its weights on the meta device (buffers, such as rotary tables, are real)."""
     with accelerate.init_empty_weights(include_buffers=False), _one_sentence(config.model_type, "architecture"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' auto class that makes the whole model of `config`.
+
+    AutoModelForCausalLM makes of some vision-language configurations only the language part, configured by a part.
+    """
+    kinds = (AutoModelForCausalLM, AutoModelForMultimodalLM)
+    known: dict[Any, Any] = {auto: made for auto in kinds if (made := auto._model_mapping.get(type(config), None))}
+    whole = (auto for auto, made in known.items() if made.config_class is type(config))
+    return next(whole, next(iter(known), AutoModelForCausalLM))
 
 
 def check_finite(model: nn.Module, name: str) -> None:

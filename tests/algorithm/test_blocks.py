@@ -202,6 +202,37 @@ def test_unreached_linears_and_tuple_outputs(effort: str) -> None:
     assert results["blocks.1.used"].bias is not None
 
 
+class TwoTowers(nn.Module):
+    """A large tower that text does not run, or of which it shows nothing, and a small one."""
+
+    def __init__(self, fault: str | None = None) -> None:
+        super().__init__()
+        self.fault = fault
+        self.embedding, self.head = nn.Embedding(300, 8), nn.ModuleList([nn.Linear(8, 8)])
+        self.vision = nn.ModuleList([nn.Sequential(nn.Linear(64, 64)) for _ in range(4)])
+        self.text = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        hidden = self.head[0](self.embedding(input_ids))
+        if self.fault:
+            raise ValueError(self.fault)
+        return self.text[0](hidden) if self.fault is None else hidden
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_blocks_are_those_that_text_runs_through(device: str) -> None:
+    with torch.device(device):
+        assert find_blocks(TwoTowers())[0] == "text"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("pixels are missing", "pixels are missing"), ("", "none of them is run")]
+)
+def test_a_model_that_text_says_nothing_of_is_refused(fault: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"which of vision, text reads it: {reason}"):
+        find_blocks(TwoTowers(fault))
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="no list of blocks"):
         find_blocks(nn.Sequential(nn.Linear(8, 8)))

@@ -61,8 +61,8 @@ def structures(model: Any) -> list[tuple[nn.Module, Structure]]:
 
 
 def look(block: nn.Module, index: int, chunk: Chunk) -> Structure:
-    found = find_structure(block, lambda: chunk.calls[index].run(block, chunk.hidden))
-    chunk.hidden = chunk.calls[index].run(block, chunk.hidden)
+    found = find_structure(block, lambda: chunk.run(index, block, chunk.hidden))
+    chunk.hidden = chunk.run(index, block, chunk.hidden)
     return found
 
 

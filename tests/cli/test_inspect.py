@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def test_as_a_table(quantized: Path) -> None:
 def test_plot(quantized: Path, tmp_path: Path) -> None:
     assert run("inspect", quantized, "--plot", tmp_path / "loss.png").exit_code == 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_that_could_not_be_measured(quantized: Path, tmp_path: Path) -> None:
+    """Activations that are not finite leave null in the report."""
+    folder = tmp_path / "broken"
+    shutil.copytree(quantized, folder)
+    report = json.loads((folder / "awq_report.json").read_text())
+    broken = report["linears"]["model.layers.1.mlp.up_proj"]
+    broken |= dict.fromkeys(("loss_rounding", "loss", "loss_with_outliers")) | {
+        "fallback": "activations are not finite"
+    }
+    (folder / "awq_report.json").write_text(json.dumps(report))
+    found = run_json("inspect", folder)
+    assert found["fallbacks"] == 1 and found["mean_loss"] > 0
+    shown = run("inspect", folder, "--plot", tmp_path / "loss.png").stdout
+    assert "activations" in shown and "1 outside the blocks" in shown
 
 
 @pytest.fixture

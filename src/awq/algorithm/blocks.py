@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
+from awq.algorithm.capture import Chunk, InputStats, Stop, capture, enter_model, fast_matmul, lifted
+from awq.algorithm.folded import Folded
+from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
 from awq.algorithm.scale import search_scale
@@ -17,27 +18,69 @@ from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
-from awq.linears import linear_shape
+from awq.linears import linear_shape, shared_parameters
 
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
+_FAILED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a model raises for its inputs
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that holds most of the model's linear weights, and its name."""
+    """The list of blocks that text runs through, and its name; `model` may be on the meta device.
 
-    def weights(blocks: nn.ModuleList) -> int:
-        return sum(math.prod(linear_shape(module) or (0,)) for module in blocks.modules())
-
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = max(lists, key=lambda item: weights(item[1]), default=None)
-    if found is None or not weights(found[1]):
+    Vision and audio towers have lists of their own: of several, it is the first that a forward on tokens alone enters.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not within and any(map(_has_linears, module)):
+            lists[name] = module
+    if not lists:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of blocks with linear layers, so there is nothing to quantize."
         )
-    return found
+    name = next(iter(lists)) if len(lists) == 1 else _first_entered(model, lists)
+    return name, lists[name]
+
+
+def _has_linears(block: nn.Module) -> bool:
+    return linear_shape(block) is None and any(linear_shape(module) for module in block.modules())
+
+
+def _first_entered(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
+    """The list one of whose blocks a forward on tokens alone calls first. Zeros stand for the weights on the way."""
+    entered: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_block: nn.Module, _args: object) -> None:
+            entered.append(name)
+            raise Stop
+
+        return hook
+
+    # one zero each, expanded: an embedding may be gigabytes, and on the meta device
+    zeros = {
+        name: torch.zeros((), dtype=p.dtype, device="cpu" if p.is_meta else p.device).expand(p.shape)
+        for name, p in model.named_parameters()
+        if not any(name.startswith(f"{blocks}.") for blocks in lists)
+    }
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=next(iter(zeros.values())).device)
+    reason = "none of them is run"
+    with ExitStack() as hooks, torch.no_grad(), suppress(Stop):
+        for name, blocks in lists.items():
+            for block in blocks:
+                hooks.callback(block.register_forward_pre_hook(note(name)).remove)
+        try:
+            torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
+        except _FAILED as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+    if not entered:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not show on text alone which of {', '.join(lists)} reads it: {reason}."
+        )
+    return entered[0]
 
 
 def quantize_blocks(
@@ -52,9 +95,11 @@ def quantize_blocks(
 
     tokens: int64 [sequences, seq_len]. Norms and biases are changed in place as scales are folded; the linears keep
     their (scaled) float weights, for the caller to replace. `wanted(name)` says which linears to quantize; the others
-    are scaled with their group and stay float. `columns` is the inner loop of compensated rounding.
+    are scaled with their group and stay float. What the model uses in two places is left alone. `columns` is the inner
+    loop of compensated rounding.
     """
     prefix, blocks = find_blocks(model)
+    shared = shared_parameters(model)
     propagated = config.effort != "fast"
     with torch.no_grad():
         probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
@@ -68,14 +113,17 @@ def quantize_blocks(
                 linears = {
                     linear: Linear(module, stats.get(linear), config)
                     for linear, module in block.named_modules()
-                    if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}")
+                    if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}") and id(module.weight) not in shared
                 }
-                if config.scale:
-                    for group in structure.groups:
-                        _scale_group(block, group, linears, config, stored_in)
+                groups = [group for group in structure.groups if config.scale and _alone(block, group, shared)]
+                folds = [made for group in groups if (made := _scale_group(block, group, linears, config, stored_in))]
                 sets = _sets(structure, linears)
-                if propagated:
+                if propagated and probe.calls[index]:
                     results = _propagate(streams, sets, config, columns)
+                    while _undone(folds, results, block, linears):
+                        streams.done.clear()
+                        results = _propagate(streams, sets, config, columns)
+                    streams.advance()
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
@@ -90,8 +138,17 @@ def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, c
         for part, (fit, held_out) in zip(together, moments, strict=True):
             results |= solve_propagated(part, fit, held_out, config, columns)
         streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
-    streams.advance()
     return results
+
+
+def _undone(folds: list[Folded], results: Results, block: nn.Module, linears: Linears) -> bool:
+    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
+    losses = {name: (result.report["loss"], result.report["loss_rounding"]) for name, result in results.items()}
+    worse = [made for made in folds if made.is_worse(losses)]
+    for made in worse:
+        made.undo(block, linears)
+        folds.remove(made)
+    return bool(worse)
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:
@@ -110,7 +167,7 @@ def _look(
     probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
     def run() -> Tensor:
-        return probe.calls[index].run(block, probe.hidden)
+        return probe.run(index, block, probe.hidden)
 
     with fast_matmul(enabled=False):
         structure = find_structure(block, run)
@@ -127,19 +184,18 @@ def storage_dtype(block: nn.Module) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
+def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
+    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
+    modules = map(block.get_submodule, (group.producer, *group.consumers))
+    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
+
+
 def _scale_group(
     block: nn.Module, group: ScaleGroup, linears: Linears, config: QuantConfig, stored_in: torch.dtype
-) -> None:
+) -> Folded | None:
     consumers = [linears[name] for name in group.consumers if name in linears]
     if not consumers or not all(consumer.usable for consumer in consumers):
-        return
+        return None
     weights = [consumer.weight for consumer in consumers]
     scale = search_scale(weights, consumers[0].stats, lambda w: plain(w, config), group.reduce, group.expand)
-    if scale is None:
-        return
-    applied = fold(block, group, scale, stored_in)
-    stats = consumers[0].stats.rescaled(applied)
-    for consumer in consumers:
-        consumer.scale_input(applied, stats, group.producer)
-    if group.producer in linears:
-        group.rows(linears[group.producer].row_scale).mul_(scale.view(group.parts, -1))
+    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

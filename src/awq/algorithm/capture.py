@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -73,14 +74,20 @@ class Call:
 class Chunk:
     """A few sequences on their way through the model: hidden states [sequences, tokens, width], each block's call.
 
+    calls:     None for a block that text does not run, such as one that looks at images
     quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
     held_out:  not fitted to, only judged by
     """
 
     hidden: Tensor
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Call | None] = field(default_factory=list)
     quantized: Tensor | None = None
     held_out: bool = False
+
+    def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What `block` makes of `hidden`, called as the model calls it."""
+        call = self.calls[index]
+        return hidden if call is None else call.run(block, hidden)
 
 
 class Stop(BaseException):
@@ -99,12 +106,13 @@ def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device:
 
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
     inputs: list[Tensor] = []
-    calls: list[Call] = []
+    calls: list[Call | None] = []
     moved: dict[int, tuple[Tensor, Tensor]] = {}  # what blocks share, such as masks and rotary tables, is moved once
 
-    def pass_through(*args: Any, **kwargs: Any) -> Any:
+    def pass_through(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
         inputs.append(hidden)
+        calls.extend([None] * (_next_index(blocks, block, len(calls)) - len(calls)))
         calls.append(Call(_moved(tuple(rest), device, moved), _moved(kwargs, device, moved)))
         if len(calls) == len(blocks):
             raise Stop
@@ -112,7 +120,17 @@ def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int
 
     with _replaced_forward(list(blocks), pass_through):
         _forward(model, tokens)
+    calls.extend([None] * (len(blocks) - len(calls)))
     return Chunk(_moved(inputs[0], device, moved), calls)
+
+
+def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
+    index = next((i for i in range(start, len(blocks)) if blocks[i] is block), None)
+    if index is None:
+        raise UnsupportedModelError(
+            f"{type(block).__name__} runs again after later blocks: models are quantized block by block, in one pass."
+        )
+    return index
 
 
 def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> int:
@@ -123,11 +141,10 @@ def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> i
         seen.append(len(output) if isinstance(output, tuple | list) else 0)
         raise Stop
 
-    handle = blocks[0].register_forward_hook(look)
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_hook(look).remove)
         _forward(model, tokens)
-    finally:
-        handle.remove()
     return seen[0]
 
 
@@ -139,13 +156,14 @@ def _forward(model: nn.Module, tokens: Tensor) -> None:
 
 @contextmanager
 def _replaced_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
-    originals = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = forward
+    """`forward`, given the module first, in place of the modules' own."""
+    originals = {module: module.__dict__.get("forward") for module in modules}
+    for module in originals:
+        module.forward = partial(forward, module)
     try:
         yield
     finally:
-        for module, original in zip(modules, originals, strict=True):
+        for module, original in originals.items():
             if original is None:
                 del module.forward
             else:
@@ -212,7 +230,7 @@ def capture(
         handles.append(linear.register_forward_pre_hook(_adder(shared)))
     try:
         for chunk in chunks:
-            chunk.hidden = chunk.calls[index].run(block, chunk.hidden)
+            chunk.hidden = chunk.run(index, block, chunk.hidden)
     finally:
         for handle in handles:
             handle.remove()

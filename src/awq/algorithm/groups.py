@@ -104,8 +104,9 @@ def _divide_norm(weight: Tensor, scale: Tensor, offset: float, storage_dtype: to
     factor = weight + offset
     rounded = (factor / scale - offset).to(storage_dtype).float()
     exact = factor / (rounded + offset)
-    weight.copy_(rounded)
-    return torch.where(exact.isfinite() & (exact > 0), exact, scale)
+    storable = exact.isfinite() & (exact > 0)  # else it was 0, or would be stored as 0 or infinity
+    weight.copy_(torch.where(storable, rounded, weight))
+    return torch.where(storable, exact, 1.0)
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Propagation:
         with fast_matmul(), _weights(self.block, self.done):
             for chunk, hidden in zip(self.chunks, self.inputs, strict=True):
                 before = hidden if chunk.quantized is None else chunk.quantized
-                chunk.quantized = chunk.calls[self.index].run(self.block, before)
+                chunk.quantized = chunk.run(self.index, self.block, before)
 
     def _run(self, chunk: Chunk, hidden: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
@@ -101,7 +101,7 @@ class Propagation:
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
         last = firsts[0] if len(firsts) == 1 else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
-            chunk.calls[self.index].run(self.block, hidden if chunk.quantized is None else chunk.quantized)
+            chunk.run(self.index, self.block, hidden if chunk.quantized is None else chunk.quantized)
         return runs[0]
 
     def _add(self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool) -> None:

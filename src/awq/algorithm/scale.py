@@ -24,8 +24,11 @@ def search_scale(
     in sum, and no linear worse by itself.
     weights: float32 [out_features, in_features] each; `reduce` and `expand` map consumer to producer channels and back.
     """
-    magnitude = reduce(stats.mean_abs).clamp_min(1e-8)
-    if not weights or not magnitude.isfinite().all():
+    magnitude = reduce(stats.mean_abs)
+    # A channel that the text leaves silent counts as any other: some other text may need it. The floor, relative to the
+    # loudest, keeps a norm divided by the scale within float16.
+    magnitude = torch.where(magnitude > 0, magnitude, magnitude.mean()).clamp_min(1e-6 * magnitude.max())
+    if not weights or not magnitude.isfinite().all() or not magnitude.any():
         return None
 
     def candidate(step: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def _loss_panel(axes: Axes, kind: str, entries: Sequence[Mapping[str, Any]]) -> 
         ("loss_with_outliers", "AWQ + fp16 channels", GREEN),
     )
     for key, label, color in series:
-        values = [float(entry[key]) for entry in entries]
+        values = [math.nan if entry[key] is None else float(entry[key]) for entry in entries]
         axes.plot(range(len(values)), values, color=color, label=label, linewidth=1.4, marker="o", markersize=2.5)
     axes.set_yscale("log")
     axes.set_title(kind, fontsize=10, color=INK, loc="left")

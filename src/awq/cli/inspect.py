@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,24 +32,33 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
     if as_json:
         print_json({**facts, "linears": linears, "not_converted": report.get("not_converted", {})})
         return
-    print_facts(str(opened.path), facts | {"size_bytes": format_bytes(facts["size_bytes"])})
+    reasons = Counter(report.get("not_converted", {}).values())
+    left_float = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or None
+    shown = {"size_bytes": format_bytes(facts["size_bytes"]), "left_float": left_float}
+    print_facts(str(opened.path), facts | shown)
     columns = ("linear", "N x K", "bits", "group", "scaled by", "rounding", "fp16 channels")
-    title = "Linears; losses are the output error on the calibration text over the output's power"
+    held_out = ", held out and read behind what is quantized" if facts.get("effort", "fast") != "fast" else ""
+    title = f"Linears; losses are the output error over the output's power, on calibration text{held_out}"
     rows = (_row(linears[name]) for name in sorted(linears, key=_in_order))
     print_table(title, (*columns, *LOSSES.values(), "fallback"), rows)
 
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
     """Totals over the linears of a report; losses are means."""
-    linears = list(report["linears"].values())
-    count = max(len(linears), 1)
+    linears = report["linears"].values()
     return {
         "linears": len(linears),
         "scaled": sum(linear["scaled_by"] is not None for linear in linears),
         "fp16_channels": sum(linear["outliers"] for linear in linears),
         "fallbacks": sum(linear["fallback"] is not None for linear in linears),
-        **{f"mean_{key}": sum(linear[key] for linear in linears) / count for key in LOSSES},
+        **{f"mean_{key}": _mean(linear[key] for linear in linears) for key in LOSSES},
     }
+
+
+def _mean(losses: Iterable[float | None]) -> float | None:
+    """The mean of the losses that could be measured: activations that are not finite have none."""
+    known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+    return sum(known) / len(known) if known else None
 
 
 def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
