@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from awq.config import EFFORTS
 
 Row = dict[str, Any]
 # What makes two rows the same measurement.
@@ -25,6 +26,8 @@ SECTIONS = {
     "calibration text": "Calibration text",
     "off the grid": "A rescaled copy that computes the same",
 }
+# Sections that vary one setting of the steps' rows open with rounding and each effort as they are there.
+OF_STEPS = ("bits and groups", "calibration text")
 
 
 def identity(row: Row) -> tuple[str, ...]:
@@ -91,9 +94,15 @@ def insert(document: Path, text: str) -> None:
 
 
 def sections(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    order = list(SECTIONS)
-    by_section = sorted(rows, key=lambda row: order.index(row["section"]))
-    return [(SECTIONS[name], list(part)) for name, part in groupby(by_section, key=lambda row: row["section"])]
+    """The sections that have rows, in order, with their titles."""
+    steps = [row for row in rows if row["section"] == "steps"]
+    common = [row for row in steps if row["name"].rpartition(": ")[2] in ("rounding", *EFFORTS)]
+    found = {name: [row for row in rows if row["section"] == name] for name in SECTIONS}
+    return [
+        (title, [*(common if name in OF_STEPS else ()), *found[name]])
+        for name, title in SECTIONS.items()
+        if found[name]
+    ]
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:

@@ -57,16 +57,16 @@ def _steps() -> Iterator[Variant]:
     yield Variant(section, "scale", _config(**PLAIN | {"scale": True}))
     yield Variant(section, "clip", _config(**PLAIN | {"clip": True}))
     yield Variant(section, "scale + clip", _config(**PLAIN | {"scale": True, "clip": True}))
-    yield Variant(section, "scale + clip + refit (fast)", _config(effort="fast", outlier_ratio=KEPT))
+    yield Variant(section, "scale + clip + refit: fast", _config(effort="fast", outlier_ratio=KEPT))
     for step, name in (
-        ("float inputs", "fast + compensated rounding"),
+        ("float inputs", "+ compensated rounding"),
         ("own targets", "+ inputs propagated"),
-        ("no residual", "+ the float model's outputs as target, ridge 0.2"),
+        ("no residual", "+ the float model's outputs as target"),
     ):
         yield Variant(section, name, _config(effort="balanced"), step=step)
-    yield Variant(section, "+ half the residual stream's error (balanced)", _config(outlier_ratio=KEPT))
+    yield Variant(section, "+ half the residual stream's error: balanced", _config(outlier_ratio=KEPT))
     if "max" in EFFORTS:
-        yield Variant(section, "+ learned block by block (max)", _config(effort="max", outlier_ratio=KEPT))
+        yield Variant(section, "+ learned block by block: max", _config(effort="max", outlier_ratio=KEPT))
 
 
 def _channels() -> Iterator[Variant]:

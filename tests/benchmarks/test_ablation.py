@@ -135,8 +135,8 @@ def test_the_command_measures_resumes_and_fills_the_documentation(
     assert float(exact["prose_kl_x1000"]) == pytest.approx(0, abs=1e-3)
     assert float(rounding["code_kl_x1000"]) < float(rows["bits and groups", "rounding", "3", "64"]["code_kl_x1000"])
     assert float(rounding["prose_dln_se_x100"]) > 0
-    kept = rows["steps", "scale + clip + refit (fast), 1 % fp16 channels", "4", "64"]
-    assert kept["prose_kl_x1000"] != rows["steps", "scale + clip + refit (fast)", "4", "64"]["prose_kl_x1000"]
+    kept = rows["steps", "scale + clip + refit: fast, 1 % fp16 channels", "4", "64"]
+    assert kept["prose_kl_x1000"] != rows["steps", "scale + clip + refit: fast", "4", "64"]["prose_kl_x1000"]
     assert "group size 128 does not divide" in " ".join(shown.stderr.split())
     assert exact["windows"] == "3+2" and len(json.loads(results.with_suffix(".json").read_text())) == len(rows)
 
@@ -151,6 +151,13 @@ def test_the_command_measures_resumes_and_fills_the_documentation(
     assert done.exit_code == 0, done.output
     assert page.read_text().startswith(f"# Accuracy\n\n{BEGIN}\n\n### Each step, 4 bits in groups of 64\n\n| ")
     assert page.read_text().endswith(f"|\n\n{END}\n\nThe end.\n")
+    varied = page.read_text().partition("### Bits and groups")[2]
+    assert "| rounding | 4 | 64 |" in varied and "| rounding | 3 | 64 |" in varied
+
+
+def test_the_documentation_has_a_place_for_the_tables() -> None:
+    before, _, rest = Path(__file__).parents[2].joinpath("docs", "accuracy.md").read_text().partition(BEGIN)
+    assert before.startswith("# ") and END in rest
 
 
 @pytest.mark.parametrize(
