@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from awq.bench.report import machine_facts
+from awq.cli.options import torch_device
 from awq.errors import AwqError
-from awq.source import pick_device
 from benchmarks.ablation.measure import Bench
 from benchmarks.ablation.table import Row, identity, insert, markdown, read_rows, show, write_rows
 from benchmarks.ablation.variants import Variant, variants
@@ -45,7 +45,7 @@ def run(
         folder=model,
         evaluation={"prose": (prose, prose_windows or None), "code": (code, code_windows or None)},
         calibration={"prose": calibrate_prose, "code": calibrate_code},
-        device=pick_device(device),
+        device=torch_device(device),
         samples=samples,
         seq_len=seq_len,
         window=window,
