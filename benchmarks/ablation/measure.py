@@ -23,7 +23,7 @@ from awq.source import find_source, replace_module
 from benchmarks.ablation.channels import round_but_keep
 from benchmarks.ablation.rescale import rescale
 from benchmarks.ablation.steps import STEPS
-from benchmarks.ablation.variants import BOTH, BUILT_IN, NO_TEXT, PROSE, RESCALED, Variant
+from benchmarks.ablation.variants import BOTH, BUILT_IN, NO_TEXT, ORIGINAL, PROSE, RESCALED, Variant
 
 PROBE_TOKENS = 32
 
@@ -46,8 +46,8 @@ class Bench:
 
     def measure(self, variant: Variant) -> Iterator[dict[str, float]]:
         """The figures of each row of `variant`, in the order of `variant.rows`."""
-        reference = self._reference(variant.model)
-        model = copy.deepcopy(reference)
+        reference = self._float_model(ORIGINAL)
+        model = copy.deepcopy(self._float_model(variant.model))
         started = time.perf_counter()
         quantized = self._quantize(model, variant)
         seconds = {"seconds": time.perf_counter() - started}
@@ -86,7 +86,7 @@ class Bench:
         return figures
 
     @cache  # noqa: B019 one Bench lives as long as the process
-    def _reference(self, which: str) -> Any:
+    def _float_model(self, which: str) -> Any:
         model = find_source(self.folder).load(torch.float32).to(self.device)
         if which == RESCALED and not rescale(model, self._evaluation_tokens(PROSE)[None, :PROBE_TOKENS]):
             raise RuntimeError("no group of linears was found that could be rescaled.")

@@ -120,7 +120,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _label(value: Any) -> str:
-    return {"-1": "a row", "none": ""}.get(str(value), str(value))
+    return {"-1": "a row", "0": "", "none": ""}.get(str(value), str(value))
 
 
 def _figures(row: Row, texts: Sequence[str]) -> list[str]:

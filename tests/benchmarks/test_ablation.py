@@ -169,4 +169,5 @@ def test_the_other_sections_run(folder: Path, tmp_path: Path, pattern: str) -> N
     rows = rows_of(tmp_path / "rows.csv")
     assert len(rows) == {"c": 3, "o": 2, "f": 3}[pattern[1]]
     if "off the grid" in pattern:
-        assert float(rows[0]["prose_kl_x1000"]) < 1e-3 < float(rows[1]["prose_kl_x1000"])
+        assert 0 < abs(float(rows[0]["prose_dln_x100"])) < 1e-3  # it is compared with the original
+        assert abs(float(rows[0]["prose_kl_x1000"])) < 1e-3 < float(rows[1]["prose_kl_x1000"])
