@@ -15,7 +15,8 @@ from pathlib import Path
 
 from awq.errors import CalibrationError
 
-# English of many registers; chats, tables, configuration, logs and formulas; nineteen other languages.
+# English of many registers; chats, tables, configuration, logs and formulas; nineteen other languages, which cost
+# English and code nothing (SmolLM2, KL x 1000 on other text: 107 and 106 with them, 109 and 107 without).
 _PROSE = ("prose.txt", "formats.txt", "languages.txt")
 _SEPARATOR = re.compile(r"^%% .*\n", re.MULTILINE)
 _MODULE_BYTES = range(8_000, 60_001)
