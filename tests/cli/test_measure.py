@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 import awq.bench.kernels.overheads
 import awq.bench.kernels.run
+import awq.evaluate
 import awq.load
 import awq.source
 from awq.bench.kernels.shapes import SWEEP, Setting, Shape
@@ -234,3 +236,27 @@ def test_overheads_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_settings_of_the_kernel_benchmark(flags: str, part: str) -> None:
     assert part in refused("bench", "kernels", "--device", "cpu", *flags.split())
+
+
+def test_tasks_of_the_model_and_of_its_reference(quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def evaluate_tasks(model: Any, _tokenizer: Any, tasks: list[str], limit: int | None) -> dict[str, dict[str, float]]:
+        asked.append((tasks, limit))
+        return {task: {"acc": 0.1 * len(asked)} for task in tasks}
+
+    monkeypatch.setattr(awq.evaluate, "evaluate_tasks", evaluate_tasks)
+    monkeypatch.setattr(awq.evaluate, "check_tasks", lambda tasks: None)
+    flags = ("--tasks", "hellaswag, arc_easy", "--limit", 5, "--reference", tiny, *WINDOWS)
+    found = run_json("eval", quantized, *flags)
+    assert asked == [(["hellaswag", "arc_easy"], 5)] * 2
+    assert found["tasks"]["arc_easy"]["acc"] == pytest.approx(0.1)
+    assert found["reference_tasks"]["arc_easy"]["acc"] == pytest.approx(0.2)
+    shown = " ".join(run("eval", quantized, *flags).stdout.split())
+    assert "hellaswag acc 0.3" in shown and "reference hellaswag acc 0.4" in shown
+
+
+def test_tasks_without_their_package(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert 'pip install "awq-int4[eval]"' in refused("eval", quantized, "--tasks", "hellaswag", *WINDOWS)

@@ -18,8 +18,8 @@ def shingles(text: str, size: int = 6) -> set[tuple[str, ...]]:
 
 def test_prose_is_large_enough_and_its_passages_are_apart() -> None:
     passages = builtin_text("prose")
-    assert len(passages) >= 50
-    assert sum(len(passage.encode()) for passage in passages) > 40_000
+    assert 60 <= len(passages) <= 80
+    assert 70_000 < sum(len(passage.encode()) for passage in passages) < 90_000
     assert len(set(passages)) == len(passages)
     assert not any("%%" in passage or passage != passage.strip() for passage in passages)
 
@@ -31,8 +31,29 @@ def test_prose_speaks_several_languages() -> None:
         "Chinese": "[\u4e00-\u9fff]{6}",
         "kana": "[\u3040-\u30ff]{6}",
         "Arabic": "[\u0620-\u064a]{4}",
+        "Devanagari": "[\u0900-\u097f]{4}",
+        "Greek": "[\u03b1-\u03c9]{4}",
+        "hangul": "[\uac00-\ud7a3]{3}",
     }
-    assert all(re.search(pattern, prose) for pattern in scripts.values())
+    missing = [script for script, pattern in scripts.items() if not re.search(pattern, prose)]
+    words = (" und ", " que ", " della ", " não ", " het ", " się ", " och ", " từ ", " yang ", " bir ", " lui ")
+    missing += [word for word in words if word not in prose]
+    assert not missing
+
+
+FORMS = ("### Response:", '"role": "user"', "|--:|", "\\int_0", "SELECT ", "Traceback", "$ git ")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_prose_holds_other_forms_of_text(form: str) -> None:
+    prose = "\n".join(builtin_text("prose"))
+    assert form in prose
+
+
+def test_prose_holds_no_special_tokens() -> None:
+    """Their extreme activations would weigh on every Gram matrix."""
+    prose = "\n".join(builtin_text("prose"))
+    assert not re.findall(r"<\|.*?\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|<[bep]os>|<pad>|<unk>", prose)
 
 
 def test_evaluation_text_is_disjoint_from_the_calibration_prose() -> None:

@@ -39,17 +39,22 @@ def evaluate(
     ] = False,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Only the first windows.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval's tasks too: hellaswag,arc_easy,...")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first examples of each task.")] = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure perplexity, and agreement with the float model."""
+    """Measure perplexity, agreement with the float model, and lm-eval's tasks."""
     target = options.torch_device(device)
-    from awq.evaluate import compare, evaluation_tokens, perplexity
+    from awq.evaluate import check_tasks, compare, evaluate_tasks, evaluation_tokens, perplexity
     from awq.load import load_dequantized
     from awq.source import find_source
 
+    asked = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    if asked:
+        check_tasks(asked)
     source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None
     tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
     ids = evaluation_tokens(tokenizer, text, text_column=text_column)
@@ -57,16 +62,31 @@ def evaluate(
         checkpoint, outliers=not without_outliers, revision=revision, trust_remote_code=trust_remote_code
     ).to(target)
     result: dict[str, Any] = {"model": checkpoint, "outliers": not without_outliers, "text": text or BUILT_IN_TEXT}
+    models: dict[str, Any] = {"tasks": model}
     if source is None:
         measured = perplexity(model, ids, window, max_windows)
         result |= {"perplexity": measured.value, "tokens": measured.tokens, "windows": len(measured.nll)}
     else:
-        float_model: Any = source.load(dtype=model.dtype)
-        result |= _agreement(compare(model, float_model.to(target), ids, window, max_windows), source.name)
+        models["reference_tasks"] = source.load(dtype=model.dtype).to(target)
+        found = compare(model, models["reference_tasks"], ids, window, max_windows)
+        result |= _agreement(found, source.name)
+    if asked:
+        scores = {name: evaluate_tasks(one, tokenizer, asked, limit) for name, one in models.items()}
+        result |= scores if as_json else _flat(scores)
     if as_json:
         print_json(result)
     else:
         print_facts("Evaluation", result)
+
+
+def _flat(scores: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """A line for every score, the reference's below the model's."""
+    return {
+        f"{'reference ' if which != 'tasks' else ''}{task} {metric}": value
+        for which, found in scores.items()
+        for task, metrics in found.items()
+        for metric, value in metrics.items()
+    }
 
 
 def _agreement(found: Agreement, reference: str) -> dict[str, Any]:

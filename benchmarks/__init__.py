@@ -1,0 +1,1 @@
+"""What is measured beside the package: each folder is a program, `python -m benchmarks.NAME`."""
