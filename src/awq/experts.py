@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.linears import linear_shape
+
 SAME = 1e-5  # relative; what float32 leaves of another order of summing
 _EXPERTS, _INNER, _TOKENS = 4, 8, 12  # of a miniature
 # What a forward raises that is given other arguments, or other shapes, than it was written for.
@@ -75,6 +77,7 @@ class Experts(nn.ModuleList):
     """The experts of a fused module as a list, called as that was, over the same memory where its layout allows.
 
     visited: experts that read all tokens besides their own while calibrating; what they answer to these is dropped
+    route:   looks at, or replaces, the tokens' experts and their weights while calibrating
     """
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
@@ -84,12 +87,16 @@ class Experts(nn.ModuleList):
         super().__init__(Expert(layout, activate, linears) for linears in _linears(fused, layout))
         self.layout = layout
         self.visited: tuple[int, ...] = ()
+        self.route: Callable[[list[Tensor]], list[Tensor]] | None = None
         self._signature = inspect.signature(fused.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """hidden [tokens, width], experts int [tokens, k] and weights [tokens, k]; or [experts x tokens, width]."""
-        given = self._signature.bind(*args, **kwargs).arguments.values()
-        return self._routed(*given) if self.layout.routed else self._sliced(*given)
+        hidden, *routing = self._signature.bind(*args, **kwargs).arguments.values()
+        if not self.layout.routed:
+            return self._sliced(hidden)
+        chosen, weights = self.route(routing) if self.route else routing
+        return self._routed(hidden, chosen, weights)
 
     def _routed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         self._visit(hidden)
@@ -127,6 +134,29 @@ def split_experts(model: nn.Module) -> None:
             if layout := known[key]:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, Experts(module, layout))
+
+
+def expert_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of experts in `module` by name: two or more modules of one class, with the same linears in each."""
+
+    def kind(expert: nn.Module) -> tuple[Any, ...]:
+        return type(expert), *((name, shape) for name, part in expert.named_modules() if (shape := linear_shape(part)))
+
+    lists = ((name, part) for name, part in module.named_modules() if name and isinstance(part, nn.ModuleList))
+    kinds = ((name, part, {kind(expert) for expert in part}) for name, part in lists)
+    return {name: part for name, part, found in kinds if len(part) > 1 and len(found) == 1 and len(*found) > 1}
+
+
+def routers(model: nn.Module) -> list[str]:
+    """The modules that choose experts: beside a list of them, with a row of weights for each."""
+    found = []
+    for name, experts in expert_lists(model).items():
+        parent = name.rpartition(".")[0]
+        for leaf, module in model.get_submodule(parent).named_children():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == len(experts):
+                found.append(f"{parent}.{leaf}")
+    return found
 
 
 def find_layout(fused: nn.Module) -> Layout | None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.errors import CheckpointError
+from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.linears import as_linear
@@ -94,6 +95,7 @@ def load_dequantized(
 def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     config = _model_config(checkpoint, trust_remote_code)
     model = skeleton(config, dtype, trust_remote_code)
+    split_experts(model)
     tensor_name = from_stored(model)
     linear_name = of_module(tensor_name)
     names = {stored: linear_name(stored) for stored in checkpoint.linears}

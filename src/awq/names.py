@@ -20,10 +20,8 @@ def from_stored(model: Any) -> Rename:
     renamings = _of_kind(WeightRenaming, get_model_conversion_mapping(model))
     own = dict.fromkeys([name for name, _ in model.named_parameters(remove_duplicate=False)], True)
     own |= dict.fromkeys([name for name, _ in model.named_buffers()], True)
-    experts = {stored: name for name, stored in _expert_linears(model, _reversed(model))}
-    return _by_prefix(
-        experts, lambda name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]
-    )
+    experts = {name: linear for linear, stored in _expert_linears(model, _reversed(model)) for name in (linear, stored)}
+    return _by_prefix(experts, lambda name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0])
 
 
 def to_stored(model: Any) -> Rename:
@@ -78,8 +76,10 @@ def _expert_linears(model: Any, back: list[Any]) -> Iterator[tuple[str, str]]:
                     for part, name in enumerate(parts):
                         own = f"{prefix}.{expert}.{name}"
                         weight = f"{own}.weight"
-                        yield own, stored.get((expert, part)) or _linear(
-                            rename_source_key(weight, renamings, [], reverse=True)[0]
+                        yield (
+                            own,
+                            stored.get((expert, part))
+                            or _linear(rename_source_key(weight, renamings, [], reverse=True)[0]),
                         )
 
 

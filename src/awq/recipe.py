@@ -23,6 +23,7 @@ from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.errors import CalibrationError, ConfigError
+from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.names import of_module, to_stored
@@ -90,6 +91,7 @@ def check_model(model: Any, config: QuantConfig, name: str) -> Plan:
         raise ConfigError(
             f"{name} is spread over {', '.join(sorted(places))}: load it on one device; blocks visit the GPU in turn."
         )
+    split_experts(model)
     planned = make_plan(model, config)
     check_finite(model, name)
     return planned
@@ -188,7 +190,9 @@ def quantize_folder(
         check_output(Path(output), overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
-    planned = make_plan(skeleton(model_config, trust_remote_code=trust_remote_code), config)
+    outline = skeleton(model_config, trust_remote_code=trust_remote_code)
+    split_experts(outline)
+    planned = make_plan(outline, config)
     tokenizer = source.tokenizer()
     float_model = source.load() if "self" in calibration else None
     if float_model is not None:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
+from awq.algorithm.coverage import count_tokens, every_expert
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
-from awq.algorithm.scale import search_scale
+from awq.algorithm.routing import recorded_routing
+from awq.algorithm.scale import Consumer, search_scale
+from awq.algorithm.siblings import Siblings
 from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain, solve, solve_propagated
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
@@ -22,7 +25,9 @@ from awq.linears import linear_shape
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
-MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
+MAX_PASSES = 8  # of a block; where more sets of linears wait for their input, one pass serves them all
+PASS_BYTES = 4 << 30  # of moments in one pass; it decides how many passes experts take, and nothing of the result
+STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -64,34 +69,66 @@ def quantize_blocks(
             origin = next(block.parameters()).device
             stored_in = storage_dtype(block)
             with lifted(block, device):
-                structure, stats, streams = _look(block, index, chunks, probe, propagated)
+                like, counts = Siblings(block), count_tokens(block, index, chunks)
+                structure, stats, streams = _look(block, index, chunks, probe, propagated, counts)
                 linears = {
-                    linear: Linear(module, stats.get(linear), config)
+                    linear: Linear(module, stats.pop(linear, None), config)
                     for linear, module in block.named_modules()
                     if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}")
                 }
+                _count(linears, like, counts)
                 if config.scale:
                     for group in structure.groups:
-                        _scale_group(block, group, linears, config, stored_in)
+                        _scale_group(block, group, linears, like, config, stored_in)
                 sets = _sets(structure, linears)
                 if propagated:
-                    results = _propagate(streams, sets, config, columns)
+                    with every_expert(block, counts):
+                        results = _propagate(streams, _passes(sets, like), config, columns)
+                    streams.advance()
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop) -> Results:
-    """Set after set in the order of the data, each behind those that are quantized."""
+def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop) -> Results:
+    """Pass after pass in the order of the data, each behind the linears that are quantized."""
     results: Results = {}
-    passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
     for together in passes:
         moments = streams.measure([{name: linear.column_scale for name, linear in part.items()} for part in together])
         for part, (fit, held_out) in zip(together, moments, strict=True):
             results |= solve_propagated(part, fit, held_out, config, columns)
         streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
-    streams.advance()
     return results
+
+
+def _passes(sets: list[Linears], like: Siblings) -> list[list[Linears]]:
+    """The sets that are measured at once: one, or the same one in as many experts as PASS_BYTES hold."""
+    roles: dict[str, list[Linears]] = {}
+    for part in sets:
+        roles.setdefault(like.role(next(iter(part))), []).append(part)
+    merged = list(roles.values()) if len(roles) <= MAX_PASSES else [sets]
+    return [group for together in merged for group in _within(together, PASS_BYTES)]
+
+
+def _within(sets: list[Linears], limit: int) -> Iterator[list[Linears]]:
+    group: list[Linears] = []
+    size = 0
+    for part in sets:
+        needed = 16 * next(iter(part.values())).weight.shape[1] ** 2  # two Moments of two float32 matrices
+        if group and size + needed > limit:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += needed
+    yield group
+
+
+def _count(linears: Linears, like: Siblings, counts: dict[str, list[int]]) -> None:
+    """Note how many tokens the router gives to each expert's linears."""
+    for name, linear in linears.items():
+        if place := like.place(name):
+            linear.tokens = counts[place[0]][place[1]]
+            linear.routed = True
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:
@@ -103,7 +140,12 @@ def _sets(structure: Structure, linears: Linears) -> list[Linears]:
 
 
 def _look(
-    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
+    block: nn.Module,
+    index: int,
+    chunks: list[Chunk],
+    probe: Chunk,
+    propagated: bool,
+    counts: dict[str, list[int]],
 ) -> tuple[Structure, dict[str, InputStats], Propagation]:
     """The block's structure, its inputs' statistics, and both streams before it; the chunks move on to its output."""
     inputs = [chunk.hidden for chunk in chunks]
@@ -116,9 +158,16 @@ def _look(
         structure = find_structure(block, run)
         residuals = find_residuals(block, run, probe.hidden) if propagated else {}
     points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
-    with fast_matmul(), recorded(block, points) as exact:
-        stats = capture(block, index, chunks, structure.input_sets)
-    return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals)
+    like = Siblings(block)
+
+    def share(name: str) -> str:
+        size = 4 * block.get_submodule(name).in_features ** 2 * len(like.numbers(name))
+        return like.role(name) if size > STATS_BYTES else name
+
+    with every_expert(block, counts), fast_matmul(), recorded(block, points) as exact:
+        with recorded_routing(block) as routing:
+            stats = capture(block, index, chunks, structure.input_sets, share)
+    return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:
@@ -128,18 +177,30 @@ def storage_dtype(block: nn.Module) -> torch.dtype:
 
 
 def _scale_group(
-    block: nn.Module, group: ScaleGroup, linears: Linears, config: QuantConfig, stored_in: torch.dtype
+    block: nn.Module,
+    group: ScaleGroup,
+    linears: Linears,
+    like: Siblings,
+    config: QuantConfig,
+    stored_in: torch.dtype,
 ) -> None:
-    consumers = [linears[name] for name in group.consumers if name in linears]
-    if not consumers or not all(consumer.usable for consumer in consumers):
+    names = [name for name in group.consumers if name in linears]
+    reached = [name for name in names if linears[name].stats.tokens]
+    if not all(linears[name].usable for name in reached):
         return
-    weights = [consumer.weight for consumer in consumers]
-    scale = search_scale(weights, consumers[0].stats, lambda w: plain(w, config), group.reduce, group.expand)
+    consumers = [
+        Consumer(linear.weight, linear.stats, linear.tokens, like.role(name))
+        for name, linear in ((name, linears[name]) for name in reached)
+    ]
+    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
     if scale is None:
         return
     applied = fold(block, group, scale, stored_in)
-    stats = consumers[0].stats.rescaled(applied)
-    for consumer in consumers:
-        consumer.scale_input(applied, stats, group.producer)
+    rescaled: dict[int, InputStats] = {}
+    for name in names:
+        stats = linears[name].stats
+        if id(stats) not in rescaled:
+            rescaled[id(stats)] = stats.rescaled(applied)
+        linears[name].scale_input(applied, rescaled[id(stats)], group.producer)
     if group.producer in linears:
         group.rows(linears[group.producer].row_scale).mul_(scale.view(group.parts, -1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -199,15 +199,25 @@ def fast_matmul(enabled: bool = True) -> Iterator[None]:
 
 
 def capture(
-    block: nn.Module, index: int, chunks: list[Chunk], input_sets: tuple[tuple[str, ...], ...]
+    block: nn.Module,
+    index: int,
+    chunks: list[Chunk],
+    input_sets: tuple[tuple[str, ...], ...],
+    share: Callable[[str], str] = str,
 ) -> dict[str, InputStats]:
-    """Run `block` over all chunks, moving them on to its output; statistics by linear, shared within an input set."""
+    """Run `block` over all chunks, moving them on to its output; statistics by linear, shared within an input set.
+
+    Sets whose first linears have one name under `share` have their statistics in common too.
+    """
     stats: dict[str, InputStats] = {}
+    shares: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
         linear = block.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
-        shared = InputStats.empty(linear.in_features, linear.weight.device)
+        key = share(names[0])
+        shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
+        shares[key] = shared
         stats.update(dict.fromkeys(names, shared))
         handles.append(linear.register_forward_pre_hook(_adder(shared)))
     try:

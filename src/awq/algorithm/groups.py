@@ -7,13 +7,15 @@ is not read off names or types but tried, with a random s in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from awq.algorithm.siblings import Siblings
 
 # Float32 forwards differ by about 1e-6 after an exact fold; a wrong one is off by far more than this.
 FOLD_TOLERANCE = 3e-5
@@ -63,18 +65,61 @@ class Structure:
 
 
 def find_structure(block: nn.Module, run: Run) -> Structure:
-    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold."""
+    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold.
+
+    What is found in one expert is folded in all experts of its list, and tested as one.
+    """
     trace = _trace(block, run)
-    head_dims = _head_dims(block)
+    head_dims, like = _head_dims(block), Siblings(block)
     input_sets = trace.input_sets()
-    groups = []
+    groups: list[ScaleGroup] = []
+    tried: set[str] = set()
     for consumers in input_sets:
-        baseline = _outputs(block, consumers, run)
-        for group in trace.candidates(consumers, head_dims):
-            if _fold_holds(block, group, run, baseline):
-                groups.append(group)
+        if not tried.isdisjoint(map(like.role, consumers)):
+            continue
+        for candidate in trace.candidates(consumers, head_dims, loose=like.place(consumers[0]) is not None):
+            together = _with_siblings(block, candidate, run, trace, like)
+            if together and _folds_hold(block, together, run):
+                groups += together
+                tried.update(like.role(name) for group in together for name in group.consumers)
                 break
-    return Structure(input_sets, tuple(groups))
+        tried.update(map(like.role, consumers))
+    return Structure(_all_sets(input_sets, like), tuple(groups))
+
+
+def _all_sets(input_sets: tuple[tuple[str, ...], ...], like: Siblings) -> tuple[tuple[str, ...], ...]:
+    """The sets with those of experts that the probe did not reach."""
+    numbered = ((names, number) for names in input_sets for number in like.numbers(names[0]))
+    return tuple(dict.fromkeys(tuple(like.rename(name, number) for name in names) for names, number in numbered))
+
+
+def _with_siblings(
+    block: nn.Module, group: ScaleGroup, run: Run, trace: _Trace, like: Siblings
+) -> tuple[ScaleGroup, ...]:
+    """The folds that `group` stands for: the same in each expert, or one whose consumers are in all of them.
+
+    A producer outside of experts has every reader of its output for a consumer: those of the very tensor, be they
+    linears or not (routers), and experts, which read some of its rows.
+    """
+    producer, consumer = like.place(group.producer), like.place(group.consumers[0])
+    if producer is not None:
+        if consumer is None or consumer[:2] != producer[:2]:
+            return ()
+        return tuple(
+            replace(
+                group,
+                producer=like.rename(group.producer, number),
+                consumers=tuple(like.rename(name, number) for name in group.consumers),
+            )
+            for number in like.numbers(group.producer)
+        )
+    if group.kind != "linear":
+        names = (*group.consumers, *trace.float_readers(group.producer))
+        group = replace(group, consumers=like.all_of(names))
+    if like.lists:
+        rows = trace.inputs_scaled_by(block, group, run)
+        group = replace(group, consumers=tuple(dict.fromkeys((*group.consumers, *like.all_of(rows)))))
+    return (group,)
 
 
 def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,29 +158,64 @@ class _Call:
     name: str
     module: nn.Module
     reads: tuple[int, int, int]
-    writes: tuple[int, int, int]
-    keep: tuple[Tensor, Tensor]  # alive, so that no address is used twice
+    writes: tuple[int, int, int] | None
+    keep: tuple[Tensor, object]  # alive, so that no address is used twice
 
 
 class _Trace(list[_Call]):
     def input_sets(self) -> tuple[tuple[str, ...], ...]:
         sets: dict[tuple[int, int, int], list[str]] = {}
-        for call in self:
-            if isinstance(call.module, nn.Linear) and call.name not in sets.setdefault(call.reads, []):
-                sets[call.reads].append(call.name)
-        return tuple(tuple(names) for names in sets.values() if names)
+        for call in self.first_calls():
+            sets.setdefault(call.reads, []).append(call.name)
+        return tuple(tuple(names) for names in sets.values())
 
-    def candidates(self, consumers: tuple[str, ...], head_dims: tuple[int, ...]) -> Iterator[ScaleGroup]:
-        """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first."""
+    def first_calls(self) -> list[_Call]:
+        """The first call of each linear."""
+        first: dict[str, _Call] = {}
+        for call in self:
+            if isinstance(call.module, nn.Linear):
+                first.setdefault(call.name, call)
+        return list(first.values())
+
+    def float_readers(self, producer: str) -> list[str]:
+        """What else multiplies the output of `producer` by a matrix [out, in] of its own, such as a router."""
+        written = {call.writes for call in self if call.name == producer}
+        return [call.name for call in self if call.reads in written and _columns(call.module) == call.keep[0].shape[-1]]
+
+    def inputs_scaled_by(self, block: nn.Module, group: ScaleGroup, run: Run) -> list[str]:
+        """Linears whose input is divided by the scale once `group` is folded: they read rows of the output."""
+        with _restored(block, (group,)):
+            columns = fold(block, group, _random_scale(block, group))
+            after = {call.name: call.keep[0] for call in _trace(block, run).first_calls()}
+        pairs = [(call.name, call.keep[0], after.get(call.name)) for call in self.first_calls()]
+        return [
+            name
+            for name, old, new in pairs
+            if new is not None and new.shape == old.shape and old.shape[-1] == len(columns) and bool(old.any())
+            if name not in group.consumers and _distance(new * columns, old) < FOLD_TOLERANCE
+        ]
+
+    def candidates(
+        self, consumers: tuple[str, ...], head_dims: tuple[int, ...], loose: bool = False
+    ) -> Iterator[ScaleGroup]:
+        """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first.
+
+        loose: the input may be rows of what a norm wrote
+        """
         first = next(i for i, call in enumerate(self) if call.name == consumers[0])
         width = self[first].keep[0].shape[-1]
         for call in reversed(self[:first]):
             weight = getattr(call.module, "weight", None)
             if not isinstance(weight, Tensor):
                 continue
-            if weight.shape == (width,) and call.writes == self[first].reads:
+            wrote = call.writes == self[first].reads
+            if weight.shape == (width,) and (wrote or loose):
                 yield ScaleGroup(call.name, "norm", consumers)
                 yield ScaleGroup(call.name, "norm_plus_one", consumers)
+            elif weight.ndim == 1 and wrote and width % len(weight) == 0:  # of each head by itself
+                heads = width // len(weight)
+                yield ScaleGroup(call.name, "norm", consumers, repeats=heads, head_dim=len(weight))
+                yield ScaleGroup(call.name, "norm_plus_one", consumers, repeats=heads, head_dim=len(weight))
             elif isinstance(call.module, nn.Linear):
                 yield from _linear_candidates(call.name, weight.shape[0], width, consumers, head_dims)
 
@@ -169,13 +249,16 @@ def _trace(block: nn.Module, run: Run) -> _Trace:
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                trace.append(_Call(name, module, _address(args[0]), _address(output), (args[0], output)))
+            if args and isinstance(args[0], Tensor):
+                writes = _address(output) if isinstance(output, Tensor) else None
+                trace.append(_Call(name, module, _address(args[0]), writes, (args[0], output)))
 
         return hook
 
-    leaves = [(name, module) for name, module in block.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(record(name)) for name, module in leaves if name]
+    def is_step(module: nn.Module) -> bool:
+        return "weight" in dict(module.named_parameters(recurse=False)) or not any(True for _ in module.children())
+
+    handles = [m.register_forward_hook(record(name)) for name, m in block.named_modules() if name and is_step(m)]
     try:
         run()
     finally:
@@ -188,13 +271,20 @@ def _address(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
-def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]:
-    """The outputs of the named linears and of the block: a residual stream must not hide a wrong fold."""
+def _columns(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def _outputs(block: nn.Module, names: Iterable[str], run: Run) -> list[Tensor]:
+    """The outputs of the named modules and of the block: a residual stream must not hide a wrong fold."""
     seen: list[Tensor] = []
-    handles = [
-        block.get_submodule(name).register_forward_hook(lambda _module, _args, output: seen.append(output))
-        for name in names
-    ]
+
+    def look(_module: nn.Module, _args: object, output: object) -> None:
+        parts = output if isinstance(output, tuple) else (output,)
+        seen.extend(part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
+
+    handles = [block.get_submodule(name).register_forward_hook(look) for name in names]
     try:
         return [run(), *seen]
     finally:
@@ -202,20 +292,27 @@ def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]
             handle.remove()
 
 
-def _fold_holds(block: nn.Module, group: ScaleGroup, run: Run, baseline: list[Tensor]) -> bool:
+def _folds_hold(block: nn.Module, groups: tuple[ScaleGroup, ...], run: Run) -> bool:
+    """Whether the folds, all at once, leave every consumer's output as it was, and that of the block."""
+    consumers = [name for group in groups for name in group.consumers]
+    baseline = _outputs(block, consumers, run)
+    with _restored(block, groups):
+        for group in groups:
+            fold(block, group, _random_scale(block, group))
+        folded = _outputs(block, consumers, run)
+    return len(folded) == len(baseline) and all(map(_same, folded, baseline))
+
+
+def _random_scale(block: nn.Module, group: ScaleGroup) -> Tensor:
     weight = _weight(block.get_submodule(group.producer))
-    generator = torch.Generator().manual_seed(0)
     channels = group.rows(weight).shape[:2].numel()
-    scale = torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
-    with _restored(block, group):
-        fold(block, group, scale)
-        folded = _outputs(block, group.consumers, run)
-    return all(_distance(new, old) < FOLD_TOLERANCE for new, old in zip(folded, baseline, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
 
 
 @contextmanager
-def _restored(block: nn.Module, group: ScaleGroup) -> Iterator[None]:
-    names = (group.producer, *group.consumers)
+def _restored(block: nn.Module, groups: tuple[ScaleGroup, ...]) -> Iterator[None]:
+    names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers))
     parameters = [p for name in names for p in block.get_submodule(name).parameters(recurse=False)]
     saved = [parameter.data.clone() for parameter in parameters]
     try:
@@ -223,6 +320,10 @@ def _restored(block: nn.Module, group: ScaleGroup) -> Iterator[None]:
     finally:
         for parameter, data in zip(parameters, saved, strict=True):
             parameter.data.copy_(data)
+
+
+def _same(new: Tensor, old: Tensor) -> bool:
+    return new.shape == old.shape and _distance(new, old) < FOLD_TOLERANCE
 
 
 def _distance(new: Tensor, old: Tensor) -> float:

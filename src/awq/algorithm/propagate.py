@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
 from awq.algorithm.moments import Moments
+from awq.algorithm.routing import Routing, replayed_routing, routed_lists
 from awq.algorithm.stream import BLOCK
 
 # Every seventh sequence is held out: 7 is prime to the number of sources that take turns in the calibration text.
@@ -61,6 +62,7 @@ class Propagation:
     inputs:    the block's input of each chunk in the float model
     exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold
     residuals: by linear that writes to the residual stream, the module that reads it just before
+    routing:   by chunk, the experts of each token in the float model
     done:      the weights of the linears that are quantized, as the int4 alone has them
     """
 
@@ -70,6 +72,7 @@ class Propagation:
     inputs: list[Tensor]
     exact: list[Seen]
     residuals: Mapping[str, str]
+    routing: list[dict[str, Any]]
     done: dict[str, Tensor] = field(default_factory=dict)
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
@@ -80,8 +83,9 @@ class Propagation:
         results = [(_empty(scales), _empty(scales)) for scales in sets]
         all_fit = not any(chunk.held_out for chunk in self.chunks)
         with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden, exact in zip(self.chunks, self.inputs, self.exact, strict=True):
-                seen = self._run(chunk, hidden, sets)
+            for chunk, hidden, exact, routing in zip(self.chunks, self.inputs, self.exact, self.routing, strict=True):
+                with replayed_routing(self.block, routing):
+                    seen = self._run(chunk, hidden, sets)
                 for scales, (fit, held) in zip(sets, results, strict=True):
                     self._add(held if chunk.held_out else fit, scales, exact, seen, chunk.held_out or all_fit)
         for moments in (moments for pair in results for moments in pair):
@@ -110,9 +114,7 @@ class Propagation:
         if x is None:
             return
         drift, lag = None, {}
-        # an expert reads other tokens in each stream, and the difference says nothing
-        tokens = {hidden.shape[:-1].numel() for hidden in self.inputs}
-        if before is not None and before.shape == x.shape and len(x) in tokens:
+        if before is not None and before.shape == x.shape and self._same_tokens(first, x):
             drift = before / scale - x
             lag = {
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
@@ -121,6 +123,11 @@ class Propagation:
         if judge:
             weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
             moments.add_missed(weights, drift, lag)
+
+    def _same_tokens(self, name: str, x: Tensor) -> bool:
+        """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
+        everything = {hidden.shape[:-1].numel() for hidden in self.inputs}
+        return len(x) in everything or any(name.startswith(f"{prefix}.") for prefix in routed_lists(self.block))
 
 
 def _empty(scales: Mapping[str, Tensor]) -> Moments:
