@@ -221,28 +221,18 @@ def _takes_turns(fused: nn.Module) -> bool:
         return False
 
 
-def _activation(module: nn.Module, gated: bool) -> Activate:
+def _activation(module: Any, gated: bool) -> Activate:
     """What lies between `into` and `out`: transformers' `_apply_gate` where there is one, else act(gate) * up."""
-    if gated and hasattr(module, "_apply_gate"):
-        apply_gate: Activate = module._apply_gate
-        return apply_gate
-    act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-    if not callable(act):
-        return torch.nn.functional.silu if not gated else _swiglu
+    act: Activate = getattr(module, "act_fn", nn.functional.silu)
     if not gated:
         return act
 
     def glu(joined: Tensor) -> Tensor:
         gate, up = joined.chunk(2, dim=-1)
-        result: Tensor = act(gate) * up
-        return result
+        return act(gate) * up
 
-    return glu
-
-
-def _swiglu(joined: Tensor) -> Tensor:
-    gate, up = joined.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    apply_gate: Activate = getattr(module, "_apply_gate", glu)
+    return apply_gate
 
 
 def _miniature(fused: nn.Module, layout: Layout) -> nn.Module:

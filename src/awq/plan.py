@@ -67,8 +67,8 @@ def _check_linears(model: nn.Module, blocks: str) -> None:
     if sum(other.values()) > linear:
         largest = max(other, key=other.__getitem__)
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps most of its weights in parameters such as {largest}, which are neither linear "
-            "layers nor experts in a layout that is known here: leave this model in float, or convert it to linears."
+            f"{type(model).__name__} keeps most of its weights in parameters such as {largest}, which are neither "
+            "linear layers nor experts in a layout that is known here: use this model in float."
         )
 
 

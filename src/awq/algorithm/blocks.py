@@ -161,12 +161,16 @@ def _look(
     like = Siblings(block)
 
     def share(name: str) -> str:
-        size = 4 * block.get_submodule(name).in_features ** 2 * len(like.numbers(name))
-        return like.role(name) if size > STATS_BYTES else name
+        columns = linear_shape(block.get_submodule(name)) or (0,)
+        return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
 
-    with every_expert(block, counts), fast_matmul(), recorded(block, points) as exact:
-        with recorded_routing(block) as routing:
-            stats = capture(block, index, chunks, structure.input_sets, share)
+    with (
+        every_expert(block, counts),
+        fast_matmul(),
+        recorded(block, points) as exact,
+        recorded_routing(block) as routing,
+    ):
+        stats = capture(block, index, chunks, structure.input_sets, share)
     return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 

@@ -7,21 +7,17 @@ is not read off names or types but tried, with a random s in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.probe import Run, Trace, outputs, restored, same, trace
 from awq.algorithm.siblings import Siblings
 
-# Float32 forwards differ by about 1e-6 after an exact fold; a wrong one is off by far more than this.
-FOLD_TOLERANCE = 3e-5
-
 Kind = Literal["norm", "norm_plus_one", "linear"]
-Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,21 +65,20 @@ def find_structure(block: nn.Module, run: Run) -> Structure:
 
     What is found in one expert is folded in all experts of its list, and tested as one.
     """
-    trace = _trace(block, run)
-    head_dims, like = _head_dims(block), Siblings(block)
-    input_sets = trace.input_sets()
+    calls, head_dims, like = trace(block, run), _head_dims(block), Siblings(block)
+    input_sets = calls.input_sets()
     groups: list[ScaleGroup] = []
     tried: set[str] = set()
     for consumers in input_sets:
         if not tried.isdisjoint(map(like.role, consumers)):
             continue
-        for candidate in trace.candidates(consumers, head_dims, loose=like.place(consumers[0]) is not None):
-            together = _with_siblings(block, candidate, run, trace, like)
-            if together and _folds_hold(block, together, run):
-                groups += together
-                tried.update(like.role(name) for group in together for name in group.consumers)
-                break
         tried.update(map(like.role, consumers))
+        for candidate in _candidates(calls, consumers, head_dims, rows=like.place(consumers[0]) is not None):
+            folds = _everywhere(block, candidate, run, calls, like)
+            if folds and _folds_hold(block, folds, run):
+                groups += folds
+                tried.update(like.role(name) for group in folds for name in group.consumers)
+                break
     return Structure(_all_sets(input_sets, like), tuple(groups))
 
 
@@ -93,33 +88,45 @@ def _all_sets(input_sets: tuple[tuple[str, ...], ...], like: Siblings) -> tuple[
     return tuple(dict.fromkeys(tuple(like.rename(name, number) for name in names) for names, number in numbered))
 
 
-def _with_siblings(
-    block: nn.Module, group: ScaleGroup, run: Run, trace: _Trace, like: Siblings
-) -> tuple[ScaleGroup, ...]:
-    """The folds that `group` stands for: the same in each expert, or one whose consumers are in all of them.
-
-    A producer outside of experts has every reader of its output for a consumer: those of the very tensor, be they
-    linears or not (routers), and experts, which read some of its rows.
-    """
+def _everywhere(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> tuple[ScaleGroup, ...]:
+    """The folds that `group` stands for: the same in each expert, or one whose consumers are in all of them."""
     producer, consumer = like.place(group.producer), like.place(group.consumers[0])
-    if producer is not None:
-        if consumer is None or consumer[:2] != producer[:2]:
-            return ()
-        return tuple(
-            replace(
-                group,
-                producer=like.rename(group.producer, number),
-                consumers=tuple(like.rename(name, number) for name in group.consumers),
-            )
-            for number in like.numbers(group.producer)
-        )
+    if producer is None:
+        return (_with_all_readers(block, group, run, calls, like),)
+    if consumer is None or consumer[:2] != producer[:2]:
+        return ()
+    folds = []
+    for number in like.numbers(group.producer):
+        names = [like.rename(name, number) for name in (group.producer, *group.consumers)]
+        folds.append(replace(group, producer=names[0], consumers=tuple(names[1:])))
+    return tuple(folds)
+
+
+def _with_all_readers(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> ScaleGroup:
+    """`group` with what else reads the output of its producer: routers, and experts, which read some of its rows."""
     if group.kind != "linear":
-        names = (*group.consumers, *trace.float_readers(group.producer))
-        group = replace(group, consumers=like.all_of(names))
-    if like.lists:
-        rows = trace.inputs_scaled_by(block, group, run)
-        group = replace(group, consumers=tuple(dict.fromkeys((*group.consumers, *like.all_of(rows)))))
-    return (group,)
+        group = replace(group, consumers=like.all_of((*group.consumers, *calls.readers(group.producer))))
+    if group.kind != "linear" or like.place(group.consumers[0]):
+        group = replace(
+            group, consumers=like.all_of((*group.consumers, *_scaled_readers(block, group, run, calls, like)))
+        )
+    return group
+
+
+def _scaled_readers(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> list[str]:
+    """The linears whose input is divided by the scale once `group` is folded."""
+    if not like.lists:
+        return []
+    before = calls.linears()
+    with restored(block, (group.producer, *group.consumers)):
+        columns = fold(block, group, _random_scale(block, group))
+        after = trace(block, run).linears()
+    return [
+        name
+        for name, call in before.items()
+        if name in after and call.input.shape[-1] == len(columns) and bool(call.input.any())
+        if same(after[name].input * columns, call.input)
+    ]
 
 
 def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,71 +160,27 @@ def _divide_norm(weight: Tensor, scale: Tensor, offset: float, storage_dtype: to
     return torch.where(exact.isfinite() & (exact > 0), exact, scale)
 
 
-@dataclass
-class _Call:
-    name: str
-    module: nn.Module
-    reads: tuple[int, int, int]
-    writes: tuple[int, int, int] | None
-    keep: tuple[Tensor, object]  # alive, so that no address is used twice
+def _candidates(
+    calls: Trace, consumers: tuple[str, ...], head_dims: tuple[int, ...], rows: bool
+) -> Iterator[ScaleGroup]:
+    """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first.
 
-
-class _Trace(list[_Call]):
-    def input_sets(self) -> tuple[tuple[str, ...], ...]:
-        sets: dict[tuple[int, int, int], list[str]] = {}
-        for call in self.first_calls():
-            sets.setdefault(call.reads, []).append(call.name)
-        return tuple(tuple(names) for names in sets.values())
-
-    def first_calls(self) -> list[_Call]:
-        """The first call of each linear."""
-        first: dict[str, _Call] = {}
-        for call in self:
-            if isinstance(call.module, nn.Linear):
-                first.setdefault(call.name, call)
-        return list(first.values())
-
-    def float_readers(self, producer: str) -> list[str]:
-        """What else multiplies the output of `producer` by a matrix [out, in] of its own, such as a router."""
-        written = {call.writes for call in self if call.name == producer}
-        return [call.name for call in self if call.reads in written and _columns(call.module) == call.keep[0].shape[-1]]
-
-    def inputs_scaled_by(self, block: nn.Module, group: ScaleGroup, run: Run) -> list[str]:
-        """Linears whose input is divided by the scale once `group` is folded: they read rows of the output."""
-        with _restored(block, (group,)):
-            columns = fold(block, group, _random_scale(block, group))
-            after = {call.name: call.keep[0] for call in _trace(block, run).first_calls()}
-        pairs = [(call.name, call.keep[0], after.get(call.name)) for call in self.first_calls()]
-        return [
-            name
-            for name, old, new in pairs
-            if new is not None and new.shape == old.shape and old.shape[-1] == len(columns) and bool(old.any())
-            if name not in group.consumers and _distance(new * columns, old) < FOLD_TOLERANCE
-        ]
-
-    def candidates(
-        self, consumers: tuple[str, ...], head_dims: tuple[int, ...], loose: bool = False
-    ) -> Iterator[ScaleGroup]:
-        """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first.
-
-        loose: the input may be rows of what a norm wrote
-        """
-        first = next(i for i, call in enumerate(self) if call.name == consumers[0])
-        width = self[first].keep[0].shape[-1]
-        for call in reversed(self[:first]):
-            weight = getattr(call.module, "weight", None)
-            if not isinstance(weight, Tensor):
-                continue
-            wrote = call.writes == self[first].reads
-            if weight.shape == (width,) and (wrote or loose):
-                yield ScaleGroup(call.name, "norm", consumers)
-                yield ScaleGroup(call.name, "norm_plus_one", consumers)
-            elif weight.ndim == 1 and wrote and width % len(weight) == 0:  # of each head by itself
-                heads = width // len(weight)
-                yield ScaleGroup(call.name, "norm", consumers, repeats=heads, head_dim=len(weight))
-                yield ScaleGroup(call.name, "norm_plus_one", consumers, repeats=heads, head_dim=len(weight))
-            elif isinstance(call.module, nn.Linear):
-                yield from _linear_candidates(call.name, weight.shape[0], width, consumers, head_dims)
+    rows: the input may be some rows of what a norm wrote
+    """
+    first = next(i for i, call in enumerate(calls) if call.name == consumers[0])
+    width = calls[first].input.shape[-1]
+    for call in reversed(calls[:first]):
+        weight = getattr(call.module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        wrote = call.writes == calls[first].reads
+        if isinstance(call.module, nn.Linear):
+            yield from _linear_candidates(call.name, weight.shape[0], width, consumers, head_dims)
+        elif weight.ndim == 1 and (wrote or (rows and len(weight) == width)) and width % len(weight) == 0:
+            heads = width // len(weight)  # more than one where each is normed by itself
+            size = len(weight) if heads > 1 else 1
+            yield ScaleGroup(call.name, "norm", consumers, repeats=heads, head_dim=size)
+            yield ScaleGroup(call.name, "norm_plus_one", consumers, repeats=heads, head_dim=size)
 
 
 def _linear_candidates(
@@ -244,63 +207,15 @@ def _head_dims(block: nn.Module) -> tuple[int, ...]:
     return tuple(dict.fromkeys(size for name, size in attributes if "head" in name and type(size) is int and size > 1))
 
 
-def _trace(block: nn.Module, run: Run) -> _Trace:
-    trace = _Trace()
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if args and isinstance(args[0], Tensor):
-                writes = _address(output) if isinstance(output, Tensor) else None
-                trace.append(_Call(name, module, _address(args[0]), writes, (args[0], output)))
-
-        return hook
-
-    def is_step(module: nn.Module) -> bool:
-        return "weight" in dict(module.named_parameters(recurse=False)) or not any(True for _ in module.children())
-
-    handles = [m.register_forward_hook(record(name)) for name, m in block.named_modules() if name and is_step(m)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
-
-
-def _address(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
-
-
-def _columns(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    return weight.shape[1] if isinstance(weight, Tensor) and weight.ndim == 2 else None
-
-
-def _outputs(block: nn.Module, names: Iterable[str], run: Run) -> list[Tensor]:
-    """The outputs of the named modules and of the block: a residual stream must not hide a wrong fold."""
-    seen: list[Tensor] = []
-
-    def look(_module: nn.Module, _args: object, output: object) -> None:
-        parts = output if isinstance(output, tuple) else (output,)
-        seen.extend(part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
-
-    handles = [block.get_submodule(name).register_forward_hook(look) for name in names]
-    try:
-        return [run(), *seen]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _folds_hold(block: nn.Module, groups: tuple[ScaleGroup, ...], run: Run) -> bool:
+def _folds_hold(block: nn.Module, folds: tuple[ScaleGroup, ...], run: Run) -> bool:
     """Whether the folds, all at once, leave every consumer's output as it was, and that of the block."""
-    consumers = [name for group in groups for name in group.consumers]
-    baseline = _outputs(block, consumers, run)
-    with _restored(block, groups):
-        for group in groups:
+    consumers = [name for group in folds for name in group.consumers]
+    baseline = outputs(block, consumers, run)
+    with restored(block, [*consumers, *(group.producer for group in folds)]):
+        for group in folds:
             fold(block, group, _random_scale(block, group))
-        folded = _outputs(block, consumers, run)
-    return len(folded) == len(baseline) and all(map(_same, folded, baseline))
+        folded = outputs(block, consumers, run)
+    return len(folded) == len(baseline) and all(map(same, folded, baseline))
 
 
 def _random_scale(block: nn.Module, group: ScaleGroup) -> Tensor:
@@ -308,26 +223,6 @@ def _random_scale(block: nn.Module, group: ScaleGroup) -> Tensor:
     channels = group.rows(weight).shape[:2].numel()
     generator = torch.Generator().manual_seed(0)
     return torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
-
-
-@contextmanager
-def _restored(block: nn.Module, groups: tuple[ScaleGroup, ...]) -> Iterator[None]:
-    names = dict.fromkeys(name for group in groups for name in (group.producer, *group.consumers))
-    parameters = [p for name in names for p in block.get_submodule(name).parameters(recurse=False)]
-    saved = [parameter.data.clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, data in zip(parameters, saved, strict=True):
-            parameter.data.copy_(data)
-
-
-def _same(new: Tensor, old: Tensor) -> bool:
-    return new.shape == old.shape and _distance(new, old) < FOLD_TOLERANCE
-
-
-def _distance(new: Tensor, old: Tensor) -> float:
-    return float((new - old).norm() / old.norm().clamp_min(1e-30))  # NaN compares false: refused
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
 from awq.algorithm.moments import Moments
-from awq.algorithm.routing import Routing, replayed_routing, routed_lists
+from awq.algorithm.routing import replayed_routing, routed_lists
 from awq.algorithm.stream import BLOCK
 
 # Every seventh sequence is held out: 7 is prime to the number of sources that take turns in the calibration text.

@@ -46,7 +46,11 @@ def recorded_routing(block: nn.Module) -> Iterator[list[dict[str, Any]]]:
 def replayed_routing(block: nn.Module, routing: Routing) -> Iterator[None]:
     """`block` with its tokens sent where `routing` says."""
     lists = {name: experts for name, experts in routed_lists(block).items() if name in routing}
-    with _routed_by(lists, {name: lambda _own, name=name: routing[name] for name in lists}):
+
+    def replay(name: str) -> Callable[[Any], Any]:
+        return lambda _own: routing[name]
+
+    with _routed_by(lists, {name: replay(name) for name in lists}):
         yield
 
 
