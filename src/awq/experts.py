@@ -76,8 +76,10 @@ class Expert(nn.Module):
 class Experts(nn.ModuleList):
     """The experts of a fused module as a list, called as that was, over the same memory where its layout allows.
 
-    visited: experts that read all tokens besides their own while calibrating; what they answer to these is dropped
-    route:   looks at, or replaces, the tokens' experts and their weights while calibrating
+    For calibration:
+    visit_every: of all tokens, every so many-th is read by all experts besides their own, to no effect; 0 for none
+    visiting:    whether they are doing so
+    route:       looks at, or replaces, the tokens' experts and their weights
     """
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
@@ -86,7 +88,7 @@ class Experts(nn.ModuleList):
         activate = _activation(bare, layout.gated)
         super().__init__(Expert(layout, activate, linears) for linears in _linears(fused, layout))
         self.layout = layout
-        self.visited: tuple[int, ...] = ()
+        self.visit_every, self.visiting = 0, False
         self.route: Callable[[list[Tensor]], list[Tensor]] | None = None
         self._signature = inspect.signature(fused.forward)
 
@@ -119,8 +121,12 @@ class Experts(nn.ModuleList):
         return result.view_as(hidden)
 
     def _visit(self, hidden: Tensor) -> None:
-        for expert in self.visited:
-            self[expert](hidden)
+        if self.visit_every:
+            self.visiting = True
+            sample = hidden[self.visit_every // 2 :: self.visit_every]
+            for expert in self:
+                expert(sample)
+            self.visiting = False
 
 
 def split_experts(model: nn.Module) -> None:
@@ -148,15 +154,20 @@ def expert_lists(module: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def routers(model: nn.Module) -> list[str]:
-    """The modules that choose experts: beside a list of them, with a row of weights for each."""
+    """What chooses experts: the matrices of the modules beside a list of them that have a row for each expert."""
     found = []
     for name, experts in expert_lists(model).items():
         parent = name.rpartition(".")[0]
         for leaf, module in model.get_submodule(parent).named_children():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == len(experts):
-                found.append(f"{parent}.{leaf}")
+            matrices = {inner: rows for inner, part in module.named_modules() if (rows := _matrix_rows(part))}
+            if module is not experts and len(experts) in matrices.values():
+                found += [".".join(filter(None, (parent, leaf, inner))) for inner in matrices]
     return found
+
+
+def _matrix_rows(module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
 def find_layout(fused: nn.Module) -> Layout | None:

@@ -54,6 +54,7 @@ def quantize_model(
 ) -> dict[str, Any]:
     """Quantize `model` in place, its linears replaced by QuantLinear; returns the report that is saved beside it.
 
+    The report calls linears by their stored names.
     Errors: ConfigError, CheckpointError (NaN weights) and UnsupportedModelError, all before any long work.
     """
     planned = check_model(model, config, name)
@@ -61,7 +62,7 @@ def quantize_model(
     for note in planned.notes:
         warnings.warn(note, stacklevel=2)
     linears: dict[str, Any] = {}
-    wanted = frozenset(planned.linears)
+    wanted, stored = frozenset(planned.linears), of_module(to_stored(model))
     for linear in wanted:
         replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
@@ -70,14 +71,14 @@ def quantize_model(
         for block, results in solve:
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
-                linears[linear] = result.report
+                linears[stored(linear)] = result.report
             _warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
             bar.advance(note=block)
     return {
         "recipe": {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)},
         "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "linears": linears,
-        "not_converted": planned.not_converted,
+        "not_converted": {stored(name): reason for name, reason in planned.not_converted.items()},
         "notes": [*planned.notes],
     }
 
@@ -134,7 +135,7 @@ def save_quantized(
     """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder."""
     config = replace(
         QuantConfig.from_dict(report["recipe"]["config"]),
-        modules_to_not_convert=tuple(map(of_module(to_stored(model)), report["not_converted"])),
+        modules_to_not_convert=tuple(report["not_converted"]),
     )
 
     def extras(target: Path) -> None:

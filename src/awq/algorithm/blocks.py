@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.coverage import count_tokens, every_expert
+from awq.algorithm.coverage import Counts, counted, every_expert
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
@@ -69,8 +69,8 @@ def quantize_blocks(
             origin = next(block.parameters()).device
             stored_in = storage_dtype(block)
             with lifted(block, device):
-                like, counts = Siblings(block), count_tokens(block, index, chunks)
-                structure, stats, streams = _look(block, index, chunks, probe, propagated, counts)
+                like = Siblings(block)
+                structure, stats, counts, streams = _look(block, index, chunks, probe, propagated)
                 linears = {
                     linear: Linear(module, stats.pop(linear, None), config)
                     for linear, module in block.named_modules()
@@ -82,7 +82,7 @@ def quantize_blocks(
                         _scale_group(block, group, linears, like, config, stored_in)
                 sets = _sets(structure, linears)
                 if propagated:
-                    with every_expert(block, counts):
+                    with every_expert(block, chunks):
                         results = _propagate(streams, _passes(sets, like), config, columns)
                     streams.advance()
                 else:
@@ -123,12 +123,11 @@ def _within(sets: list[Linears], limit: int) -> Iterator[list[Linears]]:
     yield group
 
 
-def _count(linears: Linears, like: Siblings, counts: dict[str, list[int]]) -> None:
-    """Note how many tokens the router gives to each expert's linears."""
+def _count(linears: Linears, like: Siblings, counts: Counts) -> None:
+    """Note how many tokens each expert's linears are given."""
     for name, linear in linears.items():
         if place := like.place(name):
-            linear.tokens = counts[place[0]][place[1]]
-            linear.routed = True
+            linear.in_expert, linear.tokens = True, counts[place[0]][place[1]]
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:
@@ -140,14 +139,12 @@ def _sets(structure: Structure, linears: Linears) -> list[Linears]:
 
 
 def _look(
-    block: nn.Module,
-    index: int,
-    chunks: list[Chunk],
-    probe: Chunk,
-    propagated: bool,
-    counts: dict[str, list[int]],
-) -> tuple[Structure, dict[str, InputStats], Propagation]:
-    """The block's structure, its inputs' statistics, and both streams before it; the chunks move on to its output."""
+    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
+) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
+    """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
+
+    The chunks move on to its output.
+    """
     inputs = [chunk.hidden for chunk in chunks]
     probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
@@ -165,13 +162,14 @@ def _look(
         return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
 
     with (
-        every_expert(block, counts),
+        every_expert(block, chunks),
+        counted(block) as counts,
         fast_matmul(),
         recorded(block, points) as exact,
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)
-    return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals, routing)
+    return structure, stats, counts, Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
 from awq.algorithm.moments import Moments
 from awq.algorithm.routing import replayed_routing, routed_lists
+from awq.algorithm.siblings import Siblings
 from awq.algorithm.stream import BLOCK
 
 # Every seventh sequence is held out: 7 is prime to the number of sources that take turns in the calibration text.
@@ -34,15 +35,20 @@ def enter_both(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: 
 
 @contextmanager
 def recorded(block: nn.Module, names: Collection[str], last: str | None = None) -> Iterator[list[Seen]]:
-    """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run."""
+    """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run.
+
+    Of a module in an expert it is all inputs: the tokens that the expert is given, behind those of a sample.
+    """
     runs: list[Seen] = []
+    like = Siblings(block)
 
     def start(_module: nn.Module, args: tuple[Any, ...]) -> None:
         runs.append({BLOCK: args[0].flatten(0, -2)} if BLOCK in names else {})
 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            runs[-1].setdefault(name, args[0].flatten(0, -2))
+            x, seen = args[0].flatten(0, -2), runs[-1]
+            seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
             if name == last:
                 raise Stop
 
@@ -103,7 +109,7 @@ class Propagation:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
-        last = firsts[0] if len(firsts) == 1 else None
+        last = firsts[0] if len(firsts) == 1 and not Siblings(self.block).place(firsts[0]) else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
             chunk.calls[self.index].run(self.block, hidden if chunk.quantized is None else chunk.quantized)
         return runs[0]
