@@ -183,7 +183,7 @@ def test_names_go_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("config", "parameter"),
     [
-        (JetMoeConfig(hidden_size=64, intermediate_size=64, vocab_size=96), r"mlp\.input_linear\.weight"),
+        (JetMoeConfig(hidden_size=64, intermediate_size=64, vocab_size=96), r"experts\.input_linear\.weight"),
         (
             LongcatFlashConfig(hidden_size=64, ffn_hidden_size=64, num_layers=1, num_attention_heads=4, vocab_size=96),
             r"experts\.gate_up_proj",

@@ -77,9 +77,10 @@ class Experts(nn.ModuleList):
     """The experts of a fused module as a list, called as that was, over the same memory where its layout allows.
 
     For calibration:
-    visit_every: of all tokens, every so many-th is read by all experts besides their own, to no effect; 0 for none
-    visiting:    whether they are doing so
-    route:       looks at, or replaces, the tokens' experts and their weights
+    visit_every:  of all tokens, every so many-th is read by all experts besides their own, to no effect; 0 for none
+    visit_weight: what such a token counts
+    visiting:     whether such tokens are being read
+    route:        looks at, or replaces, the tokens' experts and their weights
     """
 
     def __init__(self, fused: nn.Module, layout: Layout) -> None:
@@ -88,7 +89,8 @@ class Experts(nn.ModuleList):
         activate = _activation(bare, layout.gated)
         super().__init__(Expert(layout, activate, linears) for linears in _linears(fused, layout))
         self.layout = layout
-        self.visit_every, self.visiting = 0, False
+        self.width = fused.get_parameter(layout.out).shape[1 + layout.transposed]
+        self.visit_every, self.visit_weight, self.visiting = 0, 1.0, False
         self.route: Callable[[list[Tensor]], list[Tensor]] | None = None
         self._signature = inspect.signature(fused.forward)
 
@@ -122,8 +124,8 @@ class Experts(nn.ModuleList):
 
     def _visit(self, hidden: Tensor) -> None:
         if self.visit_every:
-            self.visiting = True
             sample = hidden[self.visit_every // 2 :: self.visit_every]
+            self.visiting = True
             for expert in self:
                 expert(sample)
             self.visiting = False
@@ -252,7 +254,7 @@ def _miniature(fused: nn.Module, layout: Layout) -> nn.Module:
     rows = _INNER * len(layout.parts)
     into, out = (rows, width), (width, _INNER)
     shapes = {layout.into: into[:: 1 - 2 * layout.transposed], layout.out: out[:: 1 - 2 * layout.transposed]}
-    shapes |= {_bias_name(layout.into): (rows,), _bias_name(layout.out): (width,)}
+    shapes |= {f"{layout.into}_bias": (rows,), f"{layout.out}_bias": (width,)}
     small = copy.copy(fused)
     small._parameters = {
         name: nn.Parameter(
@@ -284,7 +286,7 @@ def _linears(fused: nn.Module, layout: Layout) -> Iterator[dict[str, nn.Linear]]
 
 
 def _matrices(fused: nn.Module, name: str, transposed: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    biases = dict(fused.named_parameters(recurse=False)).get(_bias_name(name))
+    biases = dict(fused.named_parameters(recurse=False)).get(f"{name}_bias")
     for expert, weight in enumerate(fused.get_parameter(name).data):
         yield weight.t() if transposed else weight, None if biases is None else biases.data[expert]
 
@@ -295,7 +297,3 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
     return linear
-
-
-def _bias_name(name: str) -> str:
-    return f"{name}_bias"

@@ -95,8 +95,9 @@ class Mixture:
 
 
 def mixture(name: str, config: dict[str, Any], blocks: tuple[tuple[str, ...], ...], **more: Any) -> Mixture:
-    core = name in ("Mixtral", "Qwen3Moe")
-    return Mixture(Family(name, (), config, core=core, variant=more.pop("variant", "")), blocks, **more)
+    variant = more.pop("variant", "")
+    core = name in ("Mixtral", "Qwen3Moe") and not variant
+    return Mixture(Family(name, (), config, core=core, variant=variant), blocks, **more)
 
 
 MIXTURES = (

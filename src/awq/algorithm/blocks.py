@@ -191,7 +191,7 @@ def _scale_group(
     if not all(linears[name].usable for name in reached):
         return
     consumers = [
-        Consumer(linear.weight, linear.stats, linear.tokens, like.role(name))
+        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
         for name, linear in ((name, linears[name]) for name in reached)
     ]
     scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
 # The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
@@ -26,21 +27,22 @@ class InputStats:
 
     gram: Tensor
     mean_abs: Tensor
-    tokens: int = 0
+    tokens: float = 0
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
         return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.gram += x.t() @ x
-        self.mean_abs += x.abs().sum(0)
-        self.tokens += x.shape[0]
+        self.gram += x.t() @ x if weight == 1 else (x.t() @ x) * weight
+        self.mean_abs += x.abs().sum(0) * weight
+        self.tokens += x.shape[0] * weight
 
     def finish(self) -> None:
-        self.gram /= max(self.tokens, 1)
-        self.mean_abs /= max(self.tokens, 1)
+        count = self.tokens or 1
+        self.gram /= count
+        self.mean_abs /= count
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""
@@ -210,6 +212,7 @@ def capture(
     Sets whose first linears have one name under `share` have their statistics in common too.
     """
     stats: dict[str, InputStats] = {}
+    like = Siblings(block)
     shares: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
@@ -219,7 +222,7 @@ def capture(
         shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
         shares[key] = shared
         stats.update(dict.fromkeys(names, shared))
-        handles.append(linear.register_forward_pre_hook(_adder(shared)))
+        handles.append(linear.register_forward_pre_hook(_adder(shared, names[0], like)))
     try:
         for chunk in chunks:
             chunk.hidden = chunk.calls[index].run(block, chunk.hidden)
@@ -231,8 +234,8 @@ def capture(
     return stats
 
 
-def _adder(stats: InputStats) -> Any:
+def _adder(stats: InputStats, name: str, like: Siblings) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        stats.add(args[0])
+        stats.add(args[0], like.weight(name))
 
     return hook

@@ -37,7 +37,8 @@ def enter_both(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: 
 def recorded(block: nn.Module, names: Collection[str], last: str | None = None) -> Iterator[list[Seen]]:
     """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run.
 
-    Of a module in an expert it is all inputs: the tokens that the expert is given, behind those of a sample.
+    Of a module in an expert it is all inputs, the tokens that the expert is given behind those of a sample, which are
+    multiplied by the root of their weight.
     """
     runs: list[Seen] = []
     like = Siblings(block)
@@ -48,6 +49,8 @@ def recorded(block: nn.Module, names: Collection[str], last: str | None = None) 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x, seen = args[0].flatten(0, -2), runs[-1]
+            if (weight := like.weight(name)) != 1:
+                x = x * weight**0.5
             seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
             if name == last:
                 raise Stop
@@ -93,7 +96,8 @@ class Propagation:
                 with replayed_routing(self.block, routing):
                     seen = self._run(chunk, hidden, sets)
                 for scales, (fit, held) in zip(sets, results, strict=True):
-                    self._add(held if chunk.held_out else fit, scales, exact, seen, chunk.held_out or all_fit)
+                    moments, judge = held if chunk.held_out else fit, chunk.held_out or all_fit
+                    self._add(moments, scales, exact, seen, judge, hidden.shape[:-1].numel())
         for moments in (moments for pair in results for moments in pair):
             moments.finish()
         return [(fit, fit if all_fit else held) for fit, held in results]
@@ -114,7 +118,9 @@ class Propagation:
             chunk.calls[self.index].run(self.block, hidden if chunk.quantized is None else chunk.quantized)
         return runs[0]
 
-    def _add(self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool) -> None:
+    def _add(
+        self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool, tokens: int
+    ) -> None:
         first, scale = next(iter(scales.items()))
         x, before = seen.get(first), exact.get(first)
         if x is None:
@@ -125,7 +131,7 @@ class Propagation:
             lag = {
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
             }
-        moments.add(x, drift, lag)
+        moments.add(x, drift, lag, Siblings(self.block).count(first, len(x), tokens))
         if judge:
             weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
             moments.add_missed(weights, drift, lag)

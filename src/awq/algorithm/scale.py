@@ -19,13 +19,13 @@ Round = Callable[[Tensor], Tensor]
 class Consumer:
     """A weight, float32 [out_features, in_features], that the scale would multiply, and what it reads.
 
-    tokens: how many reach it, by which its error counts
+    tokens: how many reach it, at least 1, by which its error counts
     role:   the same for a linear in all experts; the others have one each
     """
 
     weight: Tensor
     stats: InputStats
-    tokens: int
+    tokens: float
     role: str
 
 

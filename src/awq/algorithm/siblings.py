@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from awq.experts import expert_lists
+from awq.experts import Experts, expert_lists
 
 
 class Siblings:
@@ -41,3 +41,21 @@ class Siblings:
     def all_of(self, names: Iterable[str]) -> tuple[str, ...]:
         """The named modules with all their siblings, each once."""
         return tuple(dict.fromkeys(self.rename(name, number) for name in names for number in self.numbers(name)))
+
+    def weight(self, name: str) -> float:
+        """What the tokens count that a module is reading: 1, but for the sample that experts read while calibrating."""
+        experts = self._experts(name)
+        return experts.visit_weight if experts is not None and experts.visiting else 1
+
+    def count(self, name: str, rows: int, tokens: int) -> float:
+        """What all the `rows` count that a module has read of `tokens`, its sample with the others."""
+        experts = self._experts(name)
+        if experts is None or not experts.visit_every:
+            return rows
+        sample = len(range(experts.visit_every // 2, tokens, experts.visit_every))
+        return rows - sample * (1 - experts.visit_weight)
+
+    def _experts(self, name: str) -> Experts | None:
+        place = self.place(name)
+        experts = self.lists[place[0]] if place else None
+        return experts if isinstance(experts, Experts) else None
