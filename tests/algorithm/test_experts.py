@@ -147,7 +147,7 @@ def moe_chunk(model: Any) -> tuple[nn.Module, Chunk]:
     return model.model.layers[0].mlp, Chunk(torch.randn(2, 40, 64), [Call((), {})])
 
 
-def test_the_sample_counts_as_many_tokens_as_the_experts_are_wide() -> None:
+def test_the_sample_counts_a_quarter_of_the_width() -> None:
     block, chunk = moe_chunk(tiny_mixtral())
     hidden = chunk.hidden.flatten(0, 1)
     with torch.no_grad(), every_expert(block, [chunk]), counted(block) as counts:
@@ -156,11 +156,11 @@ def test_the_sample_counts_as_many_tokens_as_the_experts_are_wide() -> None:
     assert not any(experts.visit_every for experts in [block.experts])
     for number, own in enumerate(counts["experts"]):
         found = stats[f"experts.{number}.gate_proj"]
-        assert found.tokens == pytest.approx(own + 64)
+        assert found.tokens == pytest.approx(own + 16)
     routed = torch.zeros(80, 4)
     _, _, chosen = block.gate(hidden)
     routed.scatter_(1, chosen, 1.0)
-    weights = routed[:, 1] + 64 / 80
+    weights = routed[:, 1] + 16 / 80
     expected = (hidden * weights.unsqueeze(1)).t() @ hidden / weights.sum()
     assert torch.allclose(stats["experts.1.gate_proj"].gram, expected, atol=1e-4)
 
