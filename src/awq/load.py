@@ -16,7 +16,7 @@ from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import from_stored, of_module
+from awq.names import from_stored, kept_in_float32, of_module
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
@@ -99,7 +99,9 @@ def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtyp
     tensor_name = from_stored(model)
     linear_name = of_module(tensor_name)
     names = {stored: linear_name(stored) for stored in checkpoint.linears}
-    tensors = {tensor_name(stored): _cast(checkpoint.tensor(stored), dtype) for stored in checkpoint.float_names}
+    keep = kept_in_float32(model)
+    floats = ((tensor_name(stored), checkpoint.tensor(stored)) for stored in checkpoint.float_names)
+    tensors = {name: tensor if keep(name) else _cast(tensor, dtype) for name, tensor in floats}
     for stored, name in names.items():
         replace_module(model, name, make_linear(checkpoint, stored, _linear(model, name, checkpoint, stored)))
     for name, scales in checkpoint.act_scales.items():

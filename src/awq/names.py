@@ -38,6 +38,12 @@ def of_module(rename: Rename) -> Rename:
     return lambda name: rename(f"{name}.weight").removesuffix(".weight")
 
 
+def kept_in_float32(model: Any) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor of `model` in float32 in any half precision, as a router's correction."""
+    parts = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return lambda name: any(f".{part}." in f".{name}." for part in parts)
+
+
 def _by_prefix(linears: dict[str, str], rename: Rename) -> Rename:
     """`rename`, but for the tensors of `linears`."""
 

@@ -26,7 +26,7 @@ from awq.errors import CalibrationError, ConfigError
 from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import of_module, to_stored
+from awq.names import kept_in_float32, of_module, to_stored
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
@@ -264,7 +264,7 @@ def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
 def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Everything that is not in a QuantLinear, tied tensors once, in the storage dtype."""
     quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype, rename = storage_dtype(model), to_stored(model)
+    dtype, rename, keep = storage_dtype(model), to_stored(model), kept_in_float32(model)
     seen: set[tuple[int, torch.Size]] = set()
     tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
@@ -272,4 +272,4 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(quantized) or key in seen:
             continue
         seen.add(key)
-        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 and not keep(name) else tensor
