@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
 from awq.algorithm.moments import Moments
-from awq.algorithm.routing import replayed_routing, routed_lists
+from awq.algorithm.routing import replayed_routing
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.stream import BLOCK
 
@@ -84,6 +85,15 @@ class Propagation:
     routing: list[dict[str, Any]]
     done: dict[str, Tensor] = field(default_factory=dict)
 
+    @cached_property
+    def like(self) -> Siblings:
+        return Siblings(self.block)
+
+    @cached_property
+    def everything(self) -> set[int]:
+        """The numbers of tokens in a chunk."""
+        return {hidden.shape[:-1].numel() for hidden in self.inputs}
+
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
         """For each set of linears that read one input, the moments to fit, and the held-out ones to judge by.
 
@@ -113,7 +123,7 @@ class Propagation:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
-        last = firsts[0] if len(firsts) == 1 and not Siblings(self.block).place(firsts[0]) else None
+        last = firsts[0] if len(firsts) == 1 and not self.like.place(firsts[0]) else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
             chunk.calls[self.index].run(self.block, hidden if chunk.quantized is None else chunk.quantized)
         return runs[0]
@@ -131,15 +141,14 @@ class Propagation:
             lag = {
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
             }
-        moments.add(x, drift, lag, Siblings(self.block).count(first, len(x), tokens))
+        moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
         if judge:
             weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
             moments.add_missed(weights, drift, lag)
 
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
-        everything = {hidden.shape[:-1].numel() for hidden in self.inputs}
-        return len(x) in everything or any(name.startswith(f"{prefix}.") for prefix in routed_lists(self.block))
+        return len(x) in self.everything or self.like.routed(name)
 
 
 def _empty(scales: Mapping[str, Tensor]) -> Moments:

@@ -42,6 +42,11 @@ class Siblings:
         """The named modules with all their siblings, each once."""
         return tuple(dict.fromkeys(self.rename(name, number) for name in names for number in self.numbers(name)))
 
+    def routed(self, name: str) -> bool:
+        """Whether a module reads the tokens that a routing, which can be replayed, sends to its expert."""
+        experts = self._experts(name)
+        return experts is not None and experts.layout.routed
+
     def weight(self, name: str) -> float:
         """What the tokens count that a module is reading: 1, but for the sample that experts read while calibrating."""
         experts = self._experts(name)
