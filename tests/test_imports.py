@@ -35,17 +35,19 @@ ALLOWED = {
     "linear": {"kernels"} | GROUND,
     "engine": {"kernels", "linear"} | GROUND,
     "linears": set(),
-    "algorithm": {"config", "errors", "linears", "packing"},
+    "experts": {"linears"},
+    "algorithm": {"config", "errors", "experts", "linears", "packing"},
     "checkpoint": {"config", "errors", "packing"},
     "data": {"errors"},
     "calibration": {"config", "data", "errors"},
     "evaluate": {"config", "data", "errors"},
     "source": {"checkpoint", "config", "errors", "hardware"},
-    "names": {"errors"},
-    "plan": {"algorithm", "config", "errors", "linears"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "linear", "linears", "names", "plan", "progress", "source"}
+    "names": {"errors", "experts"},
+    "plan": {"algorithm", "config", "errors", "experts", "linears"},
+    "recipe": {"algorithm", "calibration", "checkpoint", "experts", "linear", "linears", "names", "plan", "progress"}
+    | {"source"}
     | GROUND,
-    "load": {"checkpoint", "kernels", "linear", "linears", "names", "source"} | GROUND,
+    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }

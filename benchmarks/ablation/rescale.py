@@ -32,10 +32,10 @@ def rescale(model: Any, tokens: Tensor, seed: int = 0) -> int:
     _, blocks = find_blocks(model)
     probe = enter_model(model, blocks, tokens, device)[0]
     found = 0
-    for block, call in zip(blocks, probe.calls, strict=True):
+    for index, block in enumerate(blocks):
         with lifted(block, device):
-            found += _rescale_block(block, partial(call.run, block, probe.hidden), generator)
-            probe.hidden = call.run(block, probe.hidden)
+            found += _rescale_block(block, partial(probe.run, index, block, probe.hidden), generator)
+            probe.hidden = probe.run(index, block, probe.hidden)
     return found
 
 

@@ -12,10 +12,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.errors import CheckpointError
+from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import from_stored, of_module
+from awq.names import from_stored, kept_in_float32, of_module
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
@@ -94,10 +95,13 @@ def load_dequantized(
 def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     config = _model_config(checkpoint, trust_remote_code)
     model = skeleton(config, dtype, trust_remote_code)
+    split_experts(model)
     tensor_name = from_stored(model)
     linear_name = of_module(tensor_name)
     names = {stored: linear_name(stored) for stored in checkpoint.linears}
-    tensors = {tensor_name(stored): _cast(checkpoint.tensor(stored), dtype) for stored in checkpoint.float_names}
+    keep = kept_in_float32(model)
+    floats = ((tensor_name(stored), checkpoint.tensor(stored)) for stored in checkpoint.float_names)
+    tensors = {name: tensor if keep(name) else _cast(tensor, dtype) for name, tensor in floats}
     for stored, name in names.items():
         replace_module(model, name, make_linear(checkpoint, stored, _linear(model, name, checkpoint, stored)))
     for name, scales in checkpoint.act_scales.items():

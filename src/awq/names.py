@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+
+from awq.experts import Experts
 
 Rename = Callable[[str], str]
 
 
 def from_stored(model: Any) -> Rename:
     """Stored tensor name -> its name in `model` (GPT-NeoX's embed_out.weight -> lm_head.weight)."""
-    renamings = _renamings(get_model_conversion_mapping(model))
+    renamings = _of_kind(WeightRenaming, get_model_conversion_mapping(model))
     own = dict.fromkeys([name for name, _ in model.named_parameters(remove_duplicate=False)], True)
     own |= dict.fromkeys([name for name, _ in model.named_buffers()], True)
-    return lambda name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]
+    experts = {name: linear for linear, stored in _expert_linears(model, _reversed(model)) for name in (linear, stored)}
+    return _by_prefix(experts, lambda name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0])
 
 
 def to_stored(model: Any) -> Rename:
     """Tensor name in `model` -> the name under which transformers, and so every engine, stores it."""
-    used = getattr(model, "_weight_conversions", None)
-    if used is None:
-        conversions = get_model_conversion_mapping(model, add_legacy=False)
-        used = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
-    renamings = _renamings(conversion.reverse_transform() for conversion in reversed(used))
-    return lambda name: rename_source_key(name, renamings, [], reverse=True)[0]
+    back = _reversed(model)
+    renamings = _of_kind(WeightRenaming, back)
+    return _by_prefix(
+        dict(_expert_linears(model, back)), lambda name: rename_source_key(name, renamings, [], reverse=True)[0]
+    )
 
 
 def of_module(rename: Rename) -> Rename:
@@ -65,5 +69,79 @@ def prefixes(kept: Iterable[str], quantized: Collection[str]) -> list[str]:
     return list(found)
 
 
-def _renamings(conversions: Iterable[Any]) -> list[WeightRenaming]:
-    return [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+def kept_in_float32(model: Any) -> Callable[[str], bool]:
+    """Whether transformers keeps a tensor of `model` in float32 in any half precision, as a router's correction."""
+    parts = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    return lambda name: any(f".{part}." in f".{name}." for part in parts)
+
+
+def _by_prefix(linears: dict[str, str], rename: Rename) -> Rename:
+    """`rename`, but for the tensors of `linears`."""
+
+    def renamed(name: str) -> str:
+        linear, _, tensor = name.rpartition(".")
+        return f"{linears[linear]}.{tensor}" if linear in linears else rename(name)
+
+    return renamed
+
+
+def _reversed(model: Any) -> list[Any]:
+    """The conversions by which transformers would store `model`, in the order in which it applies them."""
+    used = getattr(model, "_weight_conversions", None)
+    if used is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        used = [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    return [conversion.reverse_transform() for conversion in reversed(used)]
+
+
+def _of_kind(kind: type, conversions: Iterable[Any]) -> list[Any]:
+    return [conversion for conversion in conversions if isinstance(conversion, kind)]
+
+
+def _expert_linears(model: Any, back: list[Any]) -> Iterator[tuple[str, str]]:
+    """The linears of split experts: their names in `model`, and those of the files that they were fused from.
+
+    Where the files hold them fused too, the names are those of here: experts.3.gate_proj.
+    """
+    renamings = _of_kind(WeightRenaming, back)
+    for prefix, experts in model.named_modules():
+        if isinstance(experts, Experts):
+            layout = experts.layout
+            for source, parts in ((layout.into, layout.parts), (layout.out, ("down_proj",))):
+                stored = _stored_parts(f"{prefix}.{source}", len(experts), len(parts), back)
+                for expert in range(len(experts)):
+                    for part, name in enumerate(parts):
+                        own = f"{prefix}.{expert}.{name}"
+                        weight = f"{own}.weight"
+                        yield (
+                            own,
+                            stored.get((expert, part))
+                            or _linear(rename_source_key(weight, renamings, [], reverse=True)[0]),
+                        )
+
+
+def _stored_parts(fused: str, experts: int, parts: int, back: list[Any]) -> dict[tuple[int, int], str]:
+    """(expert, part) -> stored linear, for those that transformers takes a fused parameter apart into.
+
+    It is asked to do so to a tensor of their numbers.
+    """
+    renamed, pattern = rename_source_key(
+        fused, _of_kind(WeightRenaming, back), _of_kind(WeightConverter, back), reverse=True
+    )
+    converter = next((c for c in _of_kind(WeightConverter, back) if pattern in c.source_patterns), None)
+    if converter is None:
+        return {}
+    converter = deepcopy(converter)
+    numbers = torch.arange(experts * parts).view(experts, parts, 1)
+    converter.add_tensor(renamed, fused, pattern, numbers)
+    found = {name: _only(value) for name, value in converter.convert(renamed).items()}
+    return {divmod(int(value), parts): _linear(name) for name, value in found.items() if value.numel() == 1}
+
+
+def _only(value: Any) -> torch.Tensor:
+    result: torch.Tensor = value[0] if isinstance(value, list) else value
+    return result
+
+
+def _linear(name: str) -> str:
+    return name.removesuffix(".weight")

@@ -9,7 +9,8 @@ from torch import nn
 
 from awq.algorithm.blocks import find_blocks
 from awq.config import QuantConfig
-from awq.errors import ConfigError
+from awq.errors import ConfigError, UnsupportedModelError
+from awq.experts import routers
 from awq.linears import LinearShape, linear_shape, shared_parameters
 
 DEFAULT_GROUP_SIZES = (128, 64, 32)
@@ -37,13 +38,14 @@ class Plan:
 def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     """The plan for `model`, which may be on the meta device; ConfigError where it cannot be quantized as asked."""
     blocks, _ = find_blocks(model)
+    _check_linears(model, blocks)
     wanted: dict[str, LinearShape] = {}
-    not_converted: dict[str, str] = {}
+    not_converted: dict[str, str] = {f"{blocks}.{name}": "router" for name in routers(model.get_submodule(blocks))}
     shared = shared_parameters(model)
     once = dict(model.named_modules())
     for name, module in model.named_modules(remove_duplicate=False):
         in_two_places = id(getattr(module, "weight", None)) in shared
-        if (shape := linear_shape(module)) and (name in once or in_two_places):
+        if name not in not_converted and (shape := linear_shape(module)) and (name in once or in_two_places):
             reason = _keep_float(name, shape, blocks, config) or (
                 "shared with another place" if in_two_places else None
             )
@@ -57,6 +59,23 @@ def make_plan(model: nn.Module, config: QuantConfig) -> Plan:
     config, notes = _resolve_group_size(wanted, config)
     _check_shapes(wanted, config)
     return Plan(config, blocks, tuple(wanted), not_converted, (*notes, *_unmatched(model, config)))
+
+
+def _check_linears(model: nn.Module, blocks: str) -> None:
+    """UnsupportedModelError where the blocks keep most of their weights in something else than linears."""
+    linear, other = 0, dict[str, int]()
+    for prefix, module in model.get_submodule(blocks).named_modules(prefix=blocks):
+        for name, parameter in module.named_parameters(recurse=False):
+            if linear_shape(module):
+                linear += parameter.numel()
+            elif parameter.ndim > 1:
+                other[f"{prefix}.{name}"] = parameter.numel()
+    if sum(other.values()) > linear:
+        largest = max(other, key=other.__getitem__)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps most of its weights in parameters such as {largest}, which are neither "
+            "linear layers nor experts in a layout that is known here: use this model in float."
+        )
 
 
 def _unmatched(model: nn.Module, config: QuantConfig) -> list[str]:

@@ -24,9 +24,10 @@ from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.errors import CalibrationError, ConfigError
+from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import not_converted, of_module, text_prefixes, to_stored
+from awq.names import kept_in_float32, not_converted, of_module, text_prefixes, to_stored
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
@@ -91,6 +92,7 @@ def check_model(model: Any, config: QuantConfig, name: str) -> Plan:
         raise ConfigError(
             f"{name} is spread over {', '.join(sorted(places))}: load it on one device; blocks visit the GPU in turn."
         )
+    split_experts(model)
     planned = make_plan(model, config)
     check_finite(model, name)
     return planned
@@ -204,7 +206,9 @@ def quantize_folder(
         check_output(Path(output), overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
-    planned = make_plan(skeleton(model_config, trust_remote_code=trust_remote_code), config)
+    outline = skeleton(model_config, trust_remote_code=trust_remote_code)
+    split_experts(outline)
+    planned = make_plan(outline, config)
     tokenizer = source.tokenizer()
     float_model = source.load() if "self" in calibration else None
     if float_model is not None:
@@ -283,7 +287,8 @@ def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
 def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Everything that is not in a QuantLinear, tied tensors once; the language part in the storage dtype."""
     quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype, rename, text = storage_dtype(model.get_input_embeddings()), to_stored(model), text_prefixes(model, quantized)
+    dtype, rename, keep = storage_dtype(model.get_input_embeddings()), to_stored(model), kept_in_float32(model)
+    text = text_prefixes(model, quantized)
     seen: set[tuple[int, torch.Size]] = set()
     tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
     for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
@@ -291,4 +296,5 @@ def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(quantized) or (name in tied and key in seen):
             continue
         seen.add(key)
-        yield rename(name), tensor.to(dtype) if tensor.dtype == torch.float32 and name.startswith(text) else tensor
+        halved = tensor.dtype == torch.float32 and name.startswith(text) and not keep(name)
+        yield rename(name), tensor.to(dtype) if halved else tensor

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, Stop, capture, enter_model, fast_matmul, lifted
+from awq.algorithm.coverage import Counts, counted, every_expert
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.rounding import ColumnLoop, round_columns
-from awq.algorithm.scale import search_scale
+from awq.algorithm.routing import recorded_routing
+from awq.algorithm.scale import Consumer, search_scale
+from awq.algorithm.siblings import Siblings
 from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain, solve, solve_propagated
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
@@ -24,7 +27,9 @@ __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
 _FAILED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a model raises for its inputs
-MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
+MAX_PASSES = 8  # of a block; where more sets of linears wait for their input, one pass serves them all
+PASS_BYTES = 4 << 30  # of moments in one pass; it decides how many passes experts take, and nothing of the result
+STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -109,30 +114,33 @@ def quantize_blocks(
             origin = next(block.parameters()).device
             stored_in = storage_dtype(block)
             with lifted(block, device):
-                structure, stats, streams = _look(block, index, chunks, probe, propagated)
+                like = Siblings(block)
+                structure, stats, counts, streams = _look(block, index, chunks, probe, propagated)
                 linears = {
-                    linear: Linear(module, stats.get(linear), config)
+                    linear: Linear(module, stats.pop(linear, None), config)
                     for linear, module in block.named_modules()
                     if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}") and id(module.weight) not in shared
                 }
+                _count(linears, like, counts)
                 groups = [group for group in structure.groups if config.scale and _alone(block, group, shared)]
-                folds = [made for group in groups if (made := _scale_group(block, group, linears, config, stored_in))]
+                made = (_scale_group(block, group, linears, like, config, stored_in) for group in groups)
+                folds = [folded for folded in made if folded]
                 sets = _sets(structure, linears)
                 if propagated and probe.calls[index]:
-                    results = _propagate(streams, sets, config, columns)
-                    while _undone(folds, results, block, linears):
-                        streams.done.clear()
-                        results = _propagate(streams, sets, config, columns)
+                    with every_expert(block, chunks):
+                        results = _propagate(streams, _passes(sets, like), config, columns)
+                        while _undone(folds, results, block, linears):
+                            streams.done.clear()
+                            results = _propagate(streams, _passes(sets, like), config, columns)
                     streams.advance()
                 else:
                     results = {name: result for part in sets for name, result in solve(part, config).items()}
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop) -> Results:
-    """Set after set in the order of the data, each behind those that are quantized."""
+def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop) -> Results:
+    """Pass after pass in the order of the data, each behind the linears that are quantized."""
     results: Results = {}
-    passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
     for together in passes:
         moments = streams.measure([{name: linear.column_scale for name, linear in part.items()} for part in together])
         for part, (fit, held_out) in zip(together, moments, strict=True):
@@ -151,6 +159,35 @@ def _undone(folds: list[Folded], results: Results, block: nn.Module, linears: Li
     return bool(worse)
 
 
+def _passes(sets: list[Linears], like: Siblings) -> list[list[Linears]]:
+    """The sets that are measured at once: one, or the same one in as many experts as PASS_BYTES hold."""
+    roles: dict[str, list[Linears]] = {}
+    for part in sets:
+        roles.setdefault(like.role(next(iter(part))), []).append(part)
+    merged = list(roles.values()) if len(roles) <= MAX_PASSES else [sets]
+    return [group for together in merged for group in _within(together, PASS_BYTES)]
+
+
+def _within(sets: list[Linears], limit: int) -> Iterator[list[Linears]]:
+    group: list[Linears] = []
+    size = 0
+    for part in sets:
+        needed = 16 * next(iter(part.values())).weight.shape[1] ** 2  # two Moments of two float32 matrices
+        if group and size + needed > limit:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += needed
+    yield group
+
+
+def _count(linears: Linears, like: Siblings, counts: Counts) -> None:
+    """Note how many tokens each expert's linears are given."""
+    for name, linear in linears.items():
+        if place := like.place(name):
+            linear.in_expert, linear.tokens = True, counts[place[0]][place[1]]
+
+
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:
     """The linears to quantize, those that read one input together, in order of execution; unreached ones alone."""
     reached = {name for names in structure.input_sets for name in names}
@@ -161,8 +198,11 @@ def _sets(structure: Structure, linears: Linears) -> list[Linears]:
 
 def _look(
     block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
-) -> tuple[Structure, dict[str, InputStats], Propagation]:
-    """The block's structure, its inputs' statistics, and both streams before it; the chunks move on to its output."""
+) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
+    """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
+
+    The chunks move on to its output.
+    """
     inputs = [chunk.hidden for chunk in chunks]
     probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
@@ -173,9 +213,21 @@ def _look(
         structure = find_structure(block, run)
         residuals = find_residuals(block, run, probe.hidden) if propagated else {}
     points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
-    with fast_matmul(), recorded(block, points) as exact:
-        stats = capture(block, index, chunks, structure.input_sets)
-    return structure, stats, Propagation(block, index, chunks, inputs, exact, residuals)
+    like = Siblings(block)
+
+    def share(name: str) -> str:
+        columns = linear_shape(block.get_submodule(name)) or (0,)
+        return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
+
+    with (
+        every_expert(block, chunks),
+        counted(block) as counts,
+        fast_matmul(),
+        recorded(block, points) as exact,
+        recorded_routing(block) as routing,
+    ):
+        stats = capture(block, index, chunks, structure.input_sets, share)
+    return structure, stats, counts, Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:
@@ -191,11 +243,19 @@ def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool
 
 
 def _scale_group(
-    block: nn.Module, group: ScaleGroup, linears: Linears, config: QuantConfig, stored_in: torch.dtype
+    block: nn.Module,
+    group: ScaleGroup,
+    linears: Linears,
+    like: Siblings,
+    config: QuantConfig,
+    stored_in: torch.dtype,
 ) -> Folded | None:
-    consumers = [linears[name] for name in group.consumers if name in linears]
-    if not consumers or not all(consumer.usable for consumer in consumers):
+    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
+    if not all(linears[name].usable for name in reached):
         return None
-    weights = [consumer.weight for consumer in consumers]
-    scale = search_scale(weights, consumers[0].stats, lambda w: plain(w, config), group.reduce, group.expand)
+    consumers = [
+        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
+        for name, linear in ((name, linears[name]) for name in reached)
+    ]
+    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
     return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

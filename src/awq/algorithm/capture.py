@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
 # The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
@@ -27,21 +28,22 @@ class InputStats:
 
     gram: Tensor
     mean_abs: Tensor
-    tokens: int = 0
+    tokens: float = 0
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
         return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.gram += x.t() @ x
-        self.mean_abs += x.abs().sum(0)
-        self.tokens += x.shape[0]
+        self.gram += x.t() @ x if weight == 1 else (x.t() @ x) * weight
+        self.mean_abs += x.abs().sum(0) * weight
+        self.tokens += x.shape[0] * weight
 
     def finish(self) -> None:
-        self.gram /= max(self.tokens, 1)
-        self.mean_abs /= max(self.tokens, 1)
+        count = self.tokens or 1
+        self.gram /= count
+        self.mean_abs /= count
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""
@@ -217,17 +219,28 @@ def fast_matmul(enabled: bool = True) -> Iterator[None]:
 
 
 def capture(
-    block: nn.Module, index: int, chunks: list[Chunk], input_sets: tuple[tuple[str, ...], ...]
+    block: nn.Module,
+    index: int,
+    chunks: list[Chunk],
+    input_sets: tuple[tuple[str, ...], ...],
+    share: Callable[[str], str] = str,
 ) -> dict[str, InputStats]:
-    """Run `block` over all chunks, moving them on to its output; statistics by linear, shared within an input set."""
+    """Run `block` over all chunks, moving them on to its output; statistics by linear, shared within an input set.
+
+    Sets whose first linears have one name under `share` have their statistics in common too.
+    """
     stats: dict[str, InputStats] = {}
+    like = Siblings(block)
+    shares: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
         linear = block.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
-        shared = InputStats.empty(linear.in_features, linear.weight.device)
+        key = share(names[0])
+        shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
+        shares[key] = shared
         stats.update(dict.fromkeys(names, shared))
-        handles.append(linear.register_forward_pre_hook(_adder(shared)))
+        handles.append(linear.register_forward_pre_hook(_adder(shared, names[0], like)))
     try:
         for chunk in chunks:
             chunk.hidden = chunk.run(index, block, chunk.hidden)
@@ -239,8 +252,8 @@ def capture(
     return stats
 
 
-def _adder(stats: InputStats) -> Any:
+def _adder(stats: InputStats, name: str, like: Siblings) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        stats.add(args[0])
+        stats.add(args[0], like.weight(name))
 
     return hook

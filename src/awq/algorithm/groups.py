@@ -7,19 +7,17 @@ is not read off names or types but tried, with a random s in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-# Float32 forwards differ by about 1e-6 after an exact fold; a wrong one is off by far more than this.
-FOLD_TOLERANCE = 3e-5
+from awq.algorithm.probe import Run, Trace, outputs, restored, same, trace
+from awq.algorithm.siblings import Siblings
 
 Kind = Literal["norm", "norm_plus_one", "linear"]
-Run = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,72 @@ class Structure:
 
 
 def find_structure(block: nn.Module, run: Run) -> Structure:
-    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold."""
-    trace = _trace(block, run)
-    head_dims = _head_dims(block)
-    input_sets = trace.input_sets()
-    groups = []
+    """Probe `block` with `run` (one forward on a few tokens, returning its output) and test every fold.
+
+    What is found in one expert is folded in all experts of its list, and tested as one.
+    """
+    calls, head_dims, like = trace(block, run), _head_dims(block), Siblings(block)
+    input_sets = calls.input_sets()
+    groups: list[ScaleGroup] = []
+    tried: set[str] = set()
     for consumers in input_sets:
-        baseline = _outputs(block, consumers, run)
-        for group in trace.candidates(consumers, head_dims):
-            if _fold_holds(block, group, run, baseline):
-                groups.append(group)
+        if not tried.isdisjoint(map(like.role, consumers)):
+            continue
+        tried.update(map(like.role, consumers))
+        for candidate in _candidates(calls, consumers, head_dims, rows=like.place(consumers[0]) is not None):
+            folds = _everywhere(block, candidate, run, calls, like)
+            if folds and _folds_hold(block, folds, run):
+                groups += folds
+                tried.update(like.role(name) for group in folds for name in group.consumers)
                 break
-    return Structure(input_sets, tuple(groups))
+    return Structure(_all_sets(input_sets, like), tuple(groups))
+
+
+def _all_sets(input_sets: tuple[tuple[str, ...], ...], like: Siblings) -> tuple[tuple[str, ...], ...]:
+    """The sets with those of experts that the probe did not reach."""
+    numbered = ((names, number) for names in input_sets for number in like.numbers(names[0]))
+    return tuple(dict.fromkeys(tuple(like.rename(name, number) for name in names) for names, number in numbered))
+
+
+def _everywhere(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> tuple[ScaleGroup, ...]:
+    """The folds that `group` stands for: the same in each expert, or one whose consumers are in all of them."""
+    producer, consumer = like.place(group.producer), like.place(group.consumers[0])
+    if producer is None:
+        return (_with_all_readers(block, group, run, calls, like),)
+    if consumer is None or consumer[:2] != producer[:2]:
+        return ()
+    folds = []
+    for number in like.numbers(group.producer):
+        names = [like.rename(name, number) for name in (group.producer, *group.consumers)]
+        folds.append(replace(group, producer=names[0], consumers=tuple(names[1:])))
+    return tuple(folds)
+
+
+def _with_all_readers(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> ScaleGroup:
+    """`group` with what else reads the output of its producer: routers, and experts, which read some of its rows."""
+    if group.kind != "linear":
+        group = replace(group, consumers=like.all_of((*group.consumers, *calls.readers(group.producer))))
+    if group.kind != "linear" or like.place(group.consumers[0]):
+        group = replace(
+            group, consumers=like.all_of((*group.consumers, *_scaled_readers(block, group, run, calls, like)))
+        )
+    return group
+
+
+def _scaled_readers(block: nn.Module, group: ScaleGroup, run: Run, calls: Trace, like: Siblings) -> list[str]:
+    """The linears whose input is divided by the scale once `group` is folded."""
+    if not like.lists:
+        return []
+    before = calls.linears()
+    with restored(block, (group.producer, *group.consumers)):
+        columns = fold(block, group, _random_scale(block, group))
+        after = trace(block, run).linears()
+    return [
+        name
+        for name, call in before.items()
+        if name in after and call.input.shape[-1] == len(columns) and bool(call.input.any())
+        if same(after[name].input * columns, call.input)
+    ]
 
 
 def fold(block: nn.Module, group: ScaleGroup, scale: Tensor, storage_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,36 +161,27 @@ def _divide_norm(weight: Tensor, scale: Tensor, offset: float, storage_dtype: to
     return torch.where(storable, exact, 1.0)
 
 
-@dataclass
-class _Call:
-    name: str
-    module: nn.Module
-    reads: tuple[int, int, int]
-    writes: tuple[int, int, int]
-    keep: tuple[Tensor, Tensor]  # alive, so that no address is used twice
+def _candidates(
+    calls: Trace, consumers: tuple[str, ...], head_dims: tuple[int, ...], rows: bool
+) -> Iterator[ScaleGroup]:
+    """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first.
 
-
-class _Trace(list[_Call]):
-    def input_sets(self) -> tuple[tuple[str, ...], ...]:
-        sets: dict[tuple[int, int, int], list[str]] = {}
-        for call in self:
-            if isinstance(call.module, nn.Linear) and call.name not in sets.setdefault(call.reads, []):
-                sets[call.reads].append(call.name)
-        return tuple(tuple(names) for names in sets.values() if names)
-
-    def candidates(self, consumers: tuple[str, ...], head_dims: tuple[int, ...]) -> Iterator[ScaleGroup]:
-        """Folds worth trying, likeliest first: the module that wrote the input, then earlier linears, latest first."""
-        first = next(i for i, call in enumerate(self) if call.name == consumers[0])
-        width = self[first].keep[0].shape[-1]
-        for call in reversed(self[:first]):
-            weight = getattr(call.module, "weight", None)
-            if not isinstance(weight, Tensor):
-                continue
-            if weight.shape == (width,) and call.writes == self[first].reads:
-                yield ScaleGroup(call.name, "norm", consumers)
-                yield ScaleGroup(call.name, "norm_plus_one", consumers)
-            elif isinstance(call.module, nn.Linear):
-                yield from _linear_candidates(call.name, weight.shape[0], width, consumers, head_dims)
+    rows: the input may be some rows of what a norm wrote
+    """
+    first = next(i for i, call in enumerate(calls) if call.name == consumers[0])
+    width = calls[first].input.shape[-1]
+    for call in reversed(calls[:first]):
+        weight = getattr(call.module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        wrote = call.writes == calls[first].reads
+        if isinstance(call.module, nn.Linear):
+            yield from _linear_candidates(call.name, weight.shape[0], width, consumers, head_dims)
+        elif weight.ndim == 1 and (wrote or (rows and len(weight) == width)) and width % len(weight) == 0:
+            heads = width // len(weight)  # more than one where each is normed by itself
+            size = len(weight) if heads > 1 else 1
+            yield ScaleGroup(call.name, "norm", consumers, repeats=heads, head_dim=size)
+            yield ScaleGroup(call.name, "norm_plus_one", consumers, repeats=heads, head_dim=size)
 
 
 def _linear_candidates(
@@ -165,69 +208,22 @@ def _head_dims(block: nn.Module) -> tuple[int, ...]:
     return tuple(dict.fromkeys(size for name, size in attributes if "head" in name and type(size) is int and size > 1))
 
 
-def _trace(block: nn.Module, run: Run) -> _Trace:
-    trace = _Trace()
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                trace.append(_Call(name, module, _address(args[0]), _address(output), (args[0], output)))
-
-        return hook
-
-    leaves = [(name, module) for name, module in block.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(record(name)) for name, module in leaves if name]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return trace
+def _folds_hold(block: nn.Module, folds: tuple[ScaleGroup, ...], run: Run) -> bool:
+    """Whether the folds, all at once, leave every consumer's output as it was, and that of the block."""
+    consumers = [name for group in folds for name in group.consumers]
+    baseline = outputs(block, consumers, run)
+    with restored(block, [*consumers, *(group.producer for group in folds)]):
+        for group in folds:
+            fold(block, group, _random_scale(block, group))
+        folded = outputs(block, consumers, run)
+    return len(folded) == len(baseline) and all(map(same, folded, baseline))
 
 
-def _address(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
-
-
-def _outputs(block: nn.Module, names: tuple[str, ...], run: Run) -> list[Tensor]:
-    """The outputs of the named linears and of the block: a residual stream must not hide a wrong fold."""
-    seen: list[Tensor] = []
-    handles = [
-        block.get_submodule(name).register_forward_hook(lambda _module, _args, output: seen.append(output))
-        for name in names
-    ]
-    try:
-        return [run(), *seen]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _fold_holds(block: nn.Module, group: ScaleGroup, run: Run, baseline: list[Tensor]) -> bool:
+def _random_scale(block: nn.Module, group: ScaleGroup) -> Tensor:
     weight = _weight(block.get_submodule(group.producer))
-    generator = torch.Generator().manual_seed(0)
     channels = group.rows(weight).shape[:2].numel()
-    scale = torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
-    with _restored(block, group):
-        fold(block, group, scale)
-        folded = _outputs(block, group.consumers, run)
-    return all(_distance(new, old) < FOLD_TOLERANCE for new, old in zip(folded, baseline, strict=True))
-
-
-@contextmanager
-def _restored(block: nn.Module, group: ScaleGroup) -> Iterator[None]:
-    names = (group.producer, *group.consumers)
-    parameters = [p for name in names for p in block.get_submodule(name).parameters(recurse=False)]
-    saved = [parameter.data.clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        for parameter, data in zip(parameters, saved, strict=True):
-            parameter.data.copy_(data)
-
-
-def _distance(new: Tensor, old: Tensor) -> float:
-    return float((new - old).norm() / old.norm().clamp_min(1e-30))  # NaN compares false: refused
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(channels, generator=generator).mul(2).sub(1).exp().to(weight.device)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -30,7 +30,7 @@ class Moments:
     drift: Tensor
     lag: dict[str, Tensor] = field(default_factory=dict)
     missed: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
+    tokens: float = 0
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
@@ -43,10 +43,13 @@ class Moments:
             bool(part.isfinite().all()) for part in (self.gram, self.drift, *self.lag.values(), *self.missed.values())
         )
 
-    def add(self, x: Tensor, drift: Tensor | None, lag: Mapping[str, Tensor]) -> None:
-        """x, drift: [tokens, in]; None for no difference. lag: [tokens, out] by linear."""
+    def add(self, x: Tensor, drift: Tensor | None, lag: Mapping[str, Tensor], count: float | None = None) -> None:
+        """x, drift: [tokens, in]; None for no difference. lag: [tokens, out] by linear.
+
+        count: what the rows count together, where some are multiplied by the root of a weight
+        """
         self.gram += x.t() @ x
-        self.tokens += x.shape[0]
+        self.tokens += x.shape[0] if count is None else count
         if drift is not None:
             self.drift += drift.t() @ x
         for name, g in lag.items():
@@ -65,7 +68,7 @@ class Moments:
         sums[name] = sums[name] + value if name in sums else value
 
     def finish(self) -> None:
-        count = max(self.tokens, 1)
+        count = self.tokens or 1
         self.gram /= count
         self.drift /= count
         self.lag = {name: total / count for name, total in self.lag.items()}

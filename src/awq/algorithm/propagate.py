@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
 from awq.algorithm.moments import Moments
+from awq.algorithm.routing import replayed_routing
+from awq.algorithm.siblings import Siblings
 from awq.algorithm.stream import BLOCK
 
 # Every seventh sequence is held out: 7 is prime to the number of sources that take turns in the calibration text.
@@ -33,15 +36,23 @@ def enter_both(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: 
 
 @contextmanager
 def recorded(block: nn.Module, names: Collection[str], last: str | None = None) -> Iterator[list[Seen]]:
-    """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run."""
+    """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run.
+
+    Of a module in an expert it is all inputs, the tokens that the expert is given behind those of a sample, which are
+    multiplied by the root of their weight.
+    """
     runs: list[Seen] = []
+    like = Siblings(block)
 
     def start(_module: nn.Module, args: tuple[Any, ...]) -> None:
         runs.append({BLOCK: args[0].flatten(0, -2)} if BLOCK in names else {})
 
     def look(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            runs[-1].setdefault(name, args[0].flatten(0, -2))
+            x, seen = args[0].flatten(0, -2), runs[-1]
+            if (weight := like.weight(name)) != 1:
+                x = x * weight**0.5
+            seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
             if name == last:
                 raise Stop
 
@@ -61,6 +72,7 @@ class Propagation:
     inputs:    the block's input of each chunk in the float model
     exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold
     residuals: by linear that writes to the residual stream, the module that reads it just before
+    routing:   by chunk, the experts of each token in the float model
     done:      the weights of the linears that are quantized, as the int4 alone has them
     """
 
@@ -70,7 +82,17 @@ class Propagation:
     inputs: list[Tensor]
     exact: list[Seen]
     residuals: Mapping[str, str]
+    routing: list[dict[str, Any]]
     done: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def like(self) -> Siblings:
+        return Siblings(self.block)
+
+    @cached_property
+    def everything(self) -> set[int]:
+        """The numbers of tokens in a chunk."""
+        return {hidden.shape[:-1].numel() for hidden in self.inputs}
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
         """For each set of linears that read one input, the moments to fit, and the held-out ones to judge by.
@@ -80,10 +102,12 @@ class Propagation:
         results = [(_empty(scales), _empty(scales)) for scales in sets]
         all_fit = not any(chunk.held_out for chunk in self.chunks)
         with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden, exact in zip(self.chunks, self.inputs, self.exact, strict=True):
-                seen = self._run(chunk, hidden, sets)
+            for chunk, hidden, exact, routing in zip(self.chunks, self.inputs, self.exact, self.routing, strict=True):
+                with replayed_routing(self.block, routing):
+                    seen = self._run(chunk, hidden, sets)
                 for scales, (fit, held) in zip(sets, results, strict=True):
-                    self._add(held if chunk.held_out else fit, scales, exact, seen, chunk.held_out or all_fit)
+                    moments, judge = held if chunk.held_out else fit, chunk.held_out or all_fit
+                    self._add(moments, scales, exact, seen, judge, hidden.shape[:-1].numel())
         for moments in (moments for pair in results for moments in pair):
             moments.finish()
         return [(fit, fit if all_fit else held) for fit, held in results]
@@ -99,28 +123,32 @@ class Propagation:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
-        last = firsts[0] if len(firsts) == 1 else None
+        last = firsts[0] if len(firsts) == 1 and not self.like.place(firsts[0]) else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
             chunk.run(self.index, self.block, hidden if chunk.quantized is None else chunk.quantized)
         return runs[0]
 
-    def _add(self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool) -> None:
+    def _add(
+        self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool, tokens: int
+    ) -> None:
         first, scale = next(iter(scales.items()))
         x, before = seen.get(first), exact.get(first)
         if x is None:
             return
         drift, lag = None, {}
-        # an expert reads other tokens in each stream, and the difference says nothing
-        tokens = {hidden.shape[:-1].numel() for hidden in self.inputs}
-        if before is not None and before.shape == x.shape and len(x) in tokens:
+        if before is not None and before.shape == x.shape and self._same_tokens(first, x):
             drift = before / scale - x
             lag = {
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
             }
-        moments.add(x, drift, lag)
+        moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
         if judge:
             weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
             moments.add_missed(weights, drift, lag)
+
+    def _same_tokens(self, name: str, x: Tensor) -> bool:
+        """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
+        return len(x) in self.everything or self.like.routed(name)
 
 
 def _empty(scales: Mapping[str, Tensor]) -> Moments:

@@ -52,6 +52,8 @@ class Linear:
         self.stats = stats = stats or InputStats.empty(module.in_features, module.weight.device)
         self.row_scale = torch.ones(module.out_features, device=module.weight.device)
         self.column_scale = torch.ones(module.in_features, device=module.weight.device)
+        self.tokens = stats.tokens  # that it is given: an expert's statistics are of more
+        self.in_expert = False
         self.usable = stats.tokens > 0 and stats.finite
         self.scaled_by: str | None = None
         self.power = 1.0
@@ -251,6 +253,7 @@ def _result(
         **dict(zip(("loss_rounding", "loss", "loss_with_outliers"), losses, strict=True)),
         "outliers": outliers.index.numel() if outliers else 0,
         "fallback": _fallback(linear),
+        **({"tokens": linear.tokens} if linear.in_expert else {}),
     }
     bias = dict(linear.module.named_parameters()).get("bias")
     stored_bias = None if bias is None else bias.data.to(torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,8 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
         _plot(plot, opened, report)
     facts = _facts(opened, report)
     if as_json:
-        print_json({**facts, "linears": linears, "not_converted": report.get("not_converted", {})})
+        rest = {"not_converted": report.get("not_converted", {}), "experts": coverage(report)}
+        print_json({**facts, "linears": linears, **rest})
         return
     reasons = Counter(report.get("not_converted", {}).values())
     left_float = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or None
@@ -41,6 +43,30 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
     title = f"Linears; losses are the output error over the output's power, on calibration text{held_out}"
     rows = (_row(linears[name]) for name in sorted(linears, key=_in_order))
     print_table(title, (*columns, *LOSSES.values(), "fallback"), rows)
+    if lists := coverage(report):
+        title = "Experts: the calibration tokens that the router gave them"
+        counts = ("experts", "number", "fewest tokens", "median", "most", "given none")
+        print_table(title, counts, ((name, *lists[name].values()) for name in sorted(lists, key=_in_order)))
+
+
+def coverage(report: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """By list of experts, how many there are, and how many calibration tokens they were given."""
+    lists: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, linear in report.get("linears", {}).items():
+        if "tokens" in linear and (place := re.fullmatch(r"(.+)\.(\d+)\..+", name)):
+            lists.setdefault(place[1], {})[int(place[2])] = linear
+    return {name: _coverage(list(experts.values())) for name, experts in lists.items()}
+
+
+def _coverage(experts: list[dict[str, Any]]) -> dict[str, int]:
+    tokens = sorted(expert["tokens"] for expert in experts)
+    return {
+        "experts": len(tokens),
+        "fewest_tokens": tokens[0],
+        "median_tokens": tokens[len(tokens) // 2],
+        "most_tokens": tokens[-1],
+        "given_none": tokens.count(0),
+    }
 
 
 def summarize(report: dict[str, Any]) -> dict[str, Any]:
