@@ -64,6 +64,7 @@ def test_what_other_engines_leave_float_is_listed_by_its_stored_name(quantized: 
     assert settings["modules_to_not_convert"] == [
         *(f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)),
         "lm_head",
+        *(f"model.layers.{layer}.mlp.gate" for layer in range(2)),  # as transformers calls it
     ]
 
 
