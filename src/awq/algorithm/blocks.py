@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
+from awq.algorithm.learn import learn
 from awq.algorithm.propagate import Propagation, enter_both, recorded
+from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import ColumnLoop, round_columns
 from awq.algorithm.scale import search_scale
-from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain, solve, solve_propagated
+from awq.algorithm.solution import Linear, Linears, Solution
+from awq.algorithm.solve import plain, solve, solve_propagated
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
@@ -75,23 +78,56 @@ def quantize_blocks(
                         _scale_group(block, group, linears, config, stored_in)
                 sets = _sets(structure, linears)
                 if propagated:
-                    results = _propagate(streams, sets, config, columns)
+                    solutions = _propagate(streams, sets, config, columns)
                 else:
-                    results = {name: result for part in sets for name, result in solve(part, config).items()}
+                    solutions = [solve(part, config) for part in sets]
+                if config.effort == "max":
+                    solutions = _learn(streams, solutions, structure, stored_in)
+                results = {linear: result for part in solutions for linear, result in finish(part, config).items()}
+                if propagated:
+                    streams.advance()
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop) -> Results:
+def _propagate(
+    streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop
+) -> list[Solution]:
     """Set after set in the order of the data, each behind those that are quantized."""
-    results: Results = {}
+    solutions = []
     passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
     for together in passes:
-        moments = streams.measure([{name: linear.column_scale for name, linear in part.items()} for part in together])
-        for part, (fit, held_out) in zip(together, moments, strict=True):
-            results |= solve_propagated(part, fit, held_out, config, columns)
-        streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
-    streams.advance()
-    return results
+        moments = streams.measure([_column_scales(part) for part in together])
+        solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
+        for solution in solved:
+            streams.done.update(solution.weights)
+        solutions += solved
+    return solutions
+
+
+def _learn(
+    streams: Propagation, solutions: list[Solution], structure: Structure, stored_in: torch.dtype
+) -> list[Solution]:
+    """The solutions after learning, measured anew; as they were where held-out text says that they were better."""
+    offsets = {"norm": 0.0, "norm_plus_one": 1.0}
+    norms = {group.producer: offsets[group.kind] for group in structure.groups if group.kind in offsets}
+    measured = [solution for solution in solutions if solution.held_out is not None]
+    coded = {name: one for solution in measured for name, one in solution.coded.items()}
+    learned = learn(streams, coded, norms, stored_in)
+    if learned is None:
+        return solutions
+    for name, weight in learned.norms.items():
+        streams.block.get_submodule(name).weight.data.copy_(weight)  # type: ignore[union-attr,operator]
+    streams.done.update({name: one.weight for name, one in learned.coded.items()})
+    moments = streams.measure([_column_scales(solution.linears) for solution in measured])
+    again = {
+        id(solution): Solution(solution.linears, {name: learned.coded[name] for name in solution.coded}, *pair)
+        for solution, pair in zip(measured, moments, strict=True)
+    }
+    return [again.get(id(solution), solution) for solution in solutions]
+
+
+def _column_scales(part: Linears) -> dict[str, Tensor]:
+    return {name: linear.column_scale for name, linear in part.items()}
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:

@@ -79,32 +79,43 @@ class Propagation:
         """
         results = [(_empty(scales), _empty(scales)) for scales in sets]
         all_fit = not any(chunk.held_out for chunk in self.chunks)
-        with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden, exact in zip(self.chunks, self.inputs, self.exact, strict=True):
-                seen = self._run(chunk, hidden, sets)
-                for scales, (fit, held) in zip(sets, results, strict=True):
-                    self._add(held if chunk.held_out else fit, scales, exact, seen, chunk.held_out or all_fit)
+        weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for (chunk, before), exact in zip(self.entering(), self.exact, strict=True):
+                seen = self._run(chunk, before, sets)
+                for scales, own, (fit, held) in zip(sets, weights, results, strict=True):
+                    judged = own if chunk.held_out or all_fit else {}
+                    self._add(held if chunk.held_out else fit, scales, exact, seen, judged)
         for moments in (moments for pair in results for moments in pair):
             moments.finish()
         return [(fit, fit if all_fit else held) for fit, held in results]
 
     def advance(self) -> None:
         """Move the quantized stream on to the block's output."""
-        with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden in zip(self.chunks, self.inputs, strict=True):
-                before = hidden if chunk.quantized is None else chunk.quantized
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for chunk, before in self.entering():
                 chunk.quantized = chunk.calls[self.index].run(self.block, before)
 
-    def _run(self, chunk: Chunk, hidden: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
+    def entering(self) -> list[tuple[Chunk, Tensor]]:
+        """Each chunk with what the block is given behind quantized blocks."""
+        return [
+            (chunk, hidden if chunk.quantized is None else chunk.quantized)
+            for chunk, hidden in zip(self.chunks, self.inputs, strict=True)
+        ]
+
+    def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
         last = firsts[0] if len(firsts) == 1 else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
-            chunk.calls[self.index].run(self.block, hidden if chunk.quantized is None else chunk.quantized)
+            chunk.calls[self.index].run(self.block, before)
         return runs[0]
 
-    def _add(self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool) -> None:
+    def _add(
+        self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judged: Mapping[str, Tensor]
+    ) -> None:
+        """judged: the float weights of linears whose loss will be asked for"""
         first, scale = next(iter(scales.items()))
         x, before = seen.get(first), exact.get(first)
         if x is None:
@@ -118,9 +129,7 @@ class Propagation:
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
             }
         moments.add(x, drift, lag)
-        if judge:
-            weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
-            moments.add_missed(weights, drift, lag)
+        moments.add_missed(judged, drift, lag)
 
 
 def _empty(scales: Mapping[str, Tensor]) -> Moments:
@@ -135,7 +144,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """`block` with other weights in some of its linears."""
     modules = {name: block.get_submodule(name) for name in weights}
     originals = {name: module.weight for name, module in modules.items()}

@@ -7,6 +7,7 @@ Plain rounding is `Affine.encode`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +36,17 @@ def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor,
     return codes, errors
 
 
+class Rounded(NamedTuple):
+    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit."""
+
+    codes: Tensor
+    unrounded: Tensor
+
+
 def round_compensated(
     weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = round_columns, block: int = COLUMNS
-) -> Tensor | None:
-    """Codes of `weight` [out, in] on `grid`, uint8 [out, in]; None where `gram` [in, in] has no usable factor.
+) -> Rounded | None:
+    """`weight` [out, in] on `grid`; None where `gram` [in, in] has no usable factor.
 
     The linears that read one input are solved as one: their rows do not touch each other. `block` columns are handed
     to `columns` at a time.
@@ -49,13 +57,15 @@ def round_compensated(
         return None
     group = order // (weight.shape[1] // grid.scales.shape[1])
     rest, scales, zeros = (values.t()[index] for values, index in _rows(weight, grid, order, group))
-    codes = torch.empty_like(rest, dtype=torch.uint8)
+    codes, pivots = torch.empty_like(rest, dtype=torch.uint8), factor.diagonal().unsqueeze(1)
     with fast_matmul(enabled=False):
         for start in range(0, len(order), block):
             part, later = slice(start, start + block), slice(start + block, None)
             codes[part], errors = columns(rest[part], factor[part, part], scales[part], zeros[part], 2**grid.bits - 1)
             rest[later] -= factor[part, later].t() @ errors
-    return codes[order.argsort()].t().contiguous()
+            rest[part] = errors * pivots[part] / scales[part] + codes[part]
+    back = order.argsort()
+    return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
 
 
 def _rows(weight: Tensor, grid: Affine, order: Tensor, group: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
