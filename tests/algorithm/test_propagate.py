@@ -8,7 +8,7 @@ from awq.algorithm import blocks as blocks_module
 from awq.algorithm import solve as solve_module
 from awq.algorithm.blocks import find_blocks, quantize_blocks
 from awq.algorithm.propagate import enter_both, recorded
-from awq.algorithm.rounding import Rounded, round_columns
+from awq.algorithm.rounding import ColumnLoop, Rounded, round_columns
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from tests.algorithm.test_blocks import apply, logits, quantized
@@ -134,7 +134,7 @@ def test_the_column_loop_is_passed_down() -> None:
         return round_columns(weight, *rest)
 
     config = QuantConfig(group_size=32, effort="balanced", outlier_ratio=0)
-    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, spy):
+    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, ColumnLoop(spy, 32)):
         pass
     assert sum(calls) == 2 * (64 + 64 + 64 + 128)
 

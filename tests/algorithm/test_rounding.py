@@ -6,7 +6,7 @@ from torch import Tensor
 
 from awq.algorithm.affine import Affine, fit_affine
 from awq.algorithm.loss import output_error
-from awq.algorithm.rounding import DAMPING, round_columns, round_compensated
+from awq.algorithm.rounding import DAMPING, ColumnLoop, round_columns, round_compensated
 
 
 def problem(out: int = 8, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def test_the_size_of_a_block_of_columns_changes_no_code(block: int) -> None:
     weight, gram = problem(24, 96)
     grid = fit_affine(weight, 32, 4, True)
     codes = codes_of(weight, gram, grid)
-    again = codes_of(weight, gram, grid, block=block)
+    again = codes_of(weight, gram, grid, ColumnLoop(round_columns, block))
     assert codes is not None and again is not None
     assert torch.equal(codes, again)
 
@@ -132,7 +132,7 @@ def test_another_column_loop_can_be_passed_in() -> None:
         return round_columns(part, *rest)  # type: ignore[arg-type]
 
     grid = fit_affine(weight, 32, 4, True)
-    codes = codes_of(weight, gram, grid, spy, block=48)
+    codes = codes_of(weight, gram, grid, ColumnLoop(spy, 48))
     expected = codes_of(weight, gram, grid)
     assert codes is not None and expected is not None
     assert widths == [48, 16]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
 from awq.algorithm.learn import learn
+from awq.algorithm.outliers import Budget, Kept, keep_plainly
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.result import QuantizedLinear, Results, finish
-from awq.algorithm.rounding import ColumnLoop, round_columns
+from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.scale import search_scale
-from awq.algorithm.solution import Linear, Linears, Solution
+from awq.algorithm.solution import Linear, Linears, Solution, column_scales
 from awq.algorithm.solve import plain, solve, solve_propagated
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
@@ -25,6 +28,7 @@ from awq.linears import linear_shape
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
+T = TypeVar("T")
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
 
 
@@ -49,7 +53,7 @@ def quantize_blocks(
     config: QuantConfig,
     wanted: Callable[[str], bool],
     device: torch.device,
-    columns: ColumnLoop = round_columns,
+    columns: ColumnLoop = PLAIN_LOOP,
 ) -> Iterator[tuple[str, Results]]:
     """Quantize block after block; yields the block's name and its results by full linear name.
 
@@ -59,6 +63,7 @@ def quantize_blocks(
     """
     prefix, blocks = find_blocks(model)
     propagated = config.effort != "fast"
+    budget = Budget(config.outlier_ratio)
     with torch.no_grad():
         probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
         chunks = (enter_both if propagated else enter_model)(model, blocks, tokens, device)
@@ -78,30 +83,54 @@ def quantize_blocks(
                         _scale_group(block, group, linears, config, stored_in)
                 sets = _sets(structure, linears)
                 if propagated:
-                    solutions = _propagate(streams, sets, config, columns)
+                    results = _behind_quantized(streams, sets, structure, config, columns, stored_in, budget)
                 else:
-                    solutions = [solve(part, config) for part in sets]
-                if config.effort == "max":
-                    solutions = _learn(streams, solutions, structure, stored_in)
-                results = {linear: result for part in solutions for linear, result in finish(part, config).items()}
-                if propagated:
-                    streams.advance()
+                    results = _plainly(sets, config)
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _propagate(
-    streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop
-) -> list[Solution]:
+def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
+    results: Results = {}
+    for solution in (solve(part, config) for part in sets):
+        results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
+    return results
+
+
+def _behind_quantized(
+    streams: Propagation,
+    sets: list[Linears],
+    structure: Structure,
+    config: QuantConfig,
+    columns: ColumnLoop,
+    stored_in: torch.dtype,
+    budget: Budget,
+) -> Results:
+    """The results of a block whose inputs come through what is quantized already."""
+    solutions = _propagate(streams, sets, config, columns)
+    if config.effort == "max":
+        solutions = _learn(streams, solutions, structure, stored_in)
+    streams.advance()
+    kept: dict[str, Kept] = {}
+    if config.outlier_ratio:
+        kept = budget.spend(replace(streams, done={}, stream="kept"), _passes(solutions))
+    return {name: result for part in solutions for name, result in finish(part, kept, config).items()}
+
+
+def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop) -> list[Solution]:
     """Set after set in the order of the data, each behind those that are quantized."""
     solutions = []
-    passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
-    for together in passes:
-        moments = streams.measure([_column_scales(part) for part in together])
+    for together in _passes(sets):
+        moments = streams.measure([column_scales(part) for part in together])
         solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
         for solution in solved:
             streams.done.update(solution.weights)
         solutions += solved
     return solutions
+
+
+def _passes(parts: list[T]) -> list[list[T]]:
+    """What is measured in one pass of the block: a set each, or all of very many."""
+    return [[part] for part in parts] if len(parts) <= MAX_PASSES else [parts]
 
 
 def _learn(
@@ -118,16 +147,12 @@ def _learn(
     for name, weight in learned.norms.items():
         streams.block.get_submodule(name).weight.data.copy_(weight)  # type: ignore[union-attr,operator]
     streams.done.update({name: one.weight for name, one in learned.coded.items()})
-    moments = streams.measure([_column_scales(solution.linears) for solution in measured])
+    moments = streams.measure([column_scales(solution.linears) for solution in measured])
     again = {
         id(solution): Solution(solution.linears, {name: learned.coded[name] for name in solution.coded}, *pair)
         for solution, pair in zip(measured, moments, strict=True)
     }
     return [again.get(id(solution), solution) for solution in solutions]
-
-
-def _column_scales(part: Linears) -> dict[str, Tensor]:
-    return {name: linear.column_scale for name, linear in part.items()}
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:

@@ -96,9 +96,7 @@ class _Linear:
         codes = self.codes.detach().flatten(1)
         scales = self.scales.detach().to(torch.float16).float().clamp_min(SMALLEST_SCALE)
         grid = replace(self.start.grid, scales=scales)
-        return replace(
-            self.start, grid=grid, codes=codes.round().to(torch.uint8), unrounded=codes, rounding="learned"
-        )
+        return replace(self.start, grid=grid, codes=codes.round().to(torch.uint8), unrounded=codes, rounding="learned")
 
 
 class _Norm:
@@ -170,7 +168,9 @@ class _Batch:
     @property
     def uniform(self) -> bool:
         """Whether every chunk is called alike, so that one call serves all."""
-        first, *others = (tree_flatten((chunk.calls[self.index].args, chunk.calls[self.index].kwargs)) for chunk, _ in self.fit)
+        first, *others = (
+            tree_flatten((chunk.calls[self.index].args, chunk.calls[self.index].kwargs)) for chunk, _ in self.fit
+        )
         return all(spec == first[1] and all(map(_equal, leaves, first[0])) for leaves, spec in others)
 
     def load(self, picks: list[int]) -> None:

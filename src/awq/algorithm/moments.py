@@ -80,7 +80,9 @@ class Moments:
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
         damping = ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny
-        lower, failed = torch.linalg.cholesky_ex(self.gram + damping * torch.eye(len(self.gram), device=self.gram.device))
+        lower, failed = torch.linalg.cholesky_ex(
+            self.gram + damping * torch.eye(len(self.gram), device=self.gram.device)
+        )
         if failed:
             return dict(weights)
         return {

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from awq.algorithm.outliers import choose_by_gain, choose_channels, least_squares, outlier_count, residual
+from awq.algorithm.outliers import Kept
 from awq.algorithm.solution import Coded, Linear, Solution
 from awq.config import QuantConfig
 from awq.packing import Outliers, PackedInt4, pack
-
-Kept = dict[str, Outliers]
 
 
 @dataclass(frozen=True)
@@ -38,54 +36,37 @@ class QuantizedLinear:
 Results = dict[str, QuantizedLinear]
 
 
-def finish(solution: Solution, config: QuantConfig) -> Results:
-    """The results of a set, with outlier channels where they are closer in sum, on held-out text if there is some."""
-    judges = solution.judges()
-    kept = _keep(solution, config)
-    losses = {name: _losses(one, kept.get(name), judges[name]) for name, one in solution.coded.items()}
-    if sum(after for _, after in losses.values()) >= sum(before for before, _ in losses.values()):
-        kept, losses = {}, {name: (before, before) for name, (before, _) in losses.items()}
-    results = {}
+def finish(solution: Solution, kept: Mapping[str, Kept], config: QuantConfig) -> Results:
+    """The results of a set with the channels that are kept of its input, if any."""
+    judges, results = solution.judges(), {}
     for name, linear in solution.linears.items():
+        coded, mine = solution.coded[name], kept.get(name)
         rounding = linear.loss_rounding if solution.fit is None else judges[name](linear.rounded)
-        report = _report(linear, solution.coded[name], kept.get(name), config, (rounding, *losses[name]))
-        results[name] = _result(linear, solution.coded[name], kept.get(name), report)
+        loss = judges[name](coded.weight)
+        outliers, loss_with = mine if mine else (None, loss)
+        results[name] = _result(
+            linear,
+            coded,
+            outliers,
+            _report(linear, coded, config)
+            | {
+                "loss_rounding": rounding,
+                "loss": loss,
+                "loss_with_outliers": loss_with,
+                "outliers": outliers.index.numel() if outliers else 0,
+                "fallback": _fallback(linear),
+            },
+        )
     return results
 
 
-def _keep(solution: Solution, config: QuantConfig) -> Kept:
-    """The channels kept in fp16, the same for all the linears that read them."""
-    linears = solution.linears.values()
-    if config.outlier_ratio == 0 or not all(linear.usable for linear in linears):
-        return {}
-    deltas = {name: coded.delta for name, coded in solution.coded.items()}
-    if solution.fit is None:
-        gram, choose, fill = next(iter(linears)).stats.gram, choose_channels, residual
-    else:
-        gram, choose, fill = solution.fit.gram, choose_by_gain, least_squares
-    channels = choose(list(deltas.values()), gram, outlier_count(len(gram), config.outlier_ratio))
-    index = channels.to(torch.int32)
-    return {name: Outliers(index, fill(delta, channels, gram)) for name, delta in deltas.items()}
-
-
-def _losses(coded: Coded, outliers: Outliers | None, judge: Callable[[Tensor], float]) -> tuple[float, float]:
-    """The loss of the int4 alone, and with its outlier channels."""
-    alone = judge(coded.weight)
-    return alone, judge(outliers.add_to(coded.weight)) if outliers else alone
-
-
-def _report(
-    linear: Linear, coded: Coded, outliers: Outliers | None, config: QuantConfig, losses: tuple[float, float, float]
-) -> dict[str, Any]:
+def _report(linear: Linear, coded: Coded, config: QuantConfig) -> dict[str, Any]:
     return {
         "bits": config.bits,
         "group_size": config.group_size,
         "scaled_by": linear.scaled_by,
         "target": "corrected" if coded.corrected else "float",
         "rounding": coded.rounding,
-        **dict(zip(("loss_rounding", "loss", "loss_with_outliers"), losses, strict=True)),
-        "outliers": outliers.index.numel() if outliers else 0,
-        "fallback": _fallback(linear),
     }
 
 

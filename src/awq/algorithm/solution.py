@@ -1,4 +1,4 @@
-"""Linears on their way through the steps: what is known of them, their codes, and what a weight in their place costs."""
+"""Linears on their way through the steps: what is known of them, their codes, what a weight in their place costs."""
 
 from __future__ import annotations
 
@@ -124,6 +124,11 @@ class Solution:
         if self.held_out is None:
             return {name: linear.loss_of for name, linear in self.linears.items()}
         return {name: Judge(name, linear, self.held_out) for name, linear in self.linears.items()}
+
+
+def column_scales(linears: Linears) -> dict[str, Tensor]:
+    """What the linears' columns have been multiplied by in folds."""
+    return {name: linear.column_scale for name, linear in linears.items()}
 
 
 def full_range(weight: Tensor, config: QuantConfig) -> Affine:
