@@ -145,7 +145,7 @@ def _learn(
     if learned is None:
         return solutions
     for name, weight in learned.norms.items():
-        streams.block.get_submodule(name).weight.data.copy_(weight)  # type: ignore[union-attr,operator]
+        streams.block.get_parameter(f"{name}.weight").data.copy_(weight)
     streams.done.update({name: one.weight for name, one in learned.coded.items()})
     moments = streams.measure([column_scales(solution.linears) for solution in measured])
     again = {

@@ -60,17 +60,20 @@ def learn(
     fit = [pair for pair in entering if not pair[0].held_out and pair[1].shape == entering[0][1].shape]
     if not held_out or not fit or not coded:
         return None
-    linears = {name: _Linear(one) for name, one in coded.items()}
-    scaled = {name: _Norm(streams.block.get_submodule(name), offset) for name, offset in norms.items()}
     with replaced_weights(streams.block, streams.done):
         before = _loss(streams, held_out, {})
         if not 0 < before < float("inf"):
             return None
-        _train(streams, fit, linears, scaled, before)
-        learned = {name: linear.coded() for name, linear in linears.items()}
-        weights = {name: norm.stored(stored_in) for name, norm in scaled.items()}
-        after = _loss(streams, held_out, _named({name: one.weight for name, one in learned.items()} | weights))
-    return Learned(learned, weights, (before, after)) if after < before else None
+        for code_rate in (CODE_RATE, 0.0):  # where rounding learns nothing that holds, the gains alone
+            linears = {name: _Linear(one) for name, one in coded.items()}
+            scaled = {name: _Norm(streams.block.get_submodule(name), offset) for name, offset in norms.items()}
+            _train(streams, fit, linears, scaled, code_rate, before)
+            learned = {name: linear.coded() for name, linear in linears.items()}
+            weights = {name: norm.stored(stored_in) for name, norm in scaled.items()}
+            after = _loss(streams, held_out, _named({name: one.weight for name, one in learned.items()} | weights))
+            if after < before:
+                return Learned(learned, weights, (before, after))
+    return None
 
 
 class _Linear:
@@ -115,13 +118,20 @@ class _Norm:
 
 
 def _train(
-    streams: Propagation, fit: Entering, linears: Mapping[str, _Linear], norms: Mapping[str, _Norm], unit: float
+    streams: Propagation,
+    fit: Entering,
+    linears: Mapping[str, _Linear],
+    norms: Mapping[str, _Norm],
+    code_rate: float,
+    unit: float,
 ) -> None:
-    learners = {**linears, **norms}
+    """Adam on the mean squared distance of the block's output, in `unit`."""
+    learners: dict[str, _Linear | _Norm] = {**linears, **norms}
     codes = [linear.codes for linear in linears.values()]
     gains = [learner.gain for learner in learners.values()]
     device = fit[0][1].device
-    rates = [torch.tensor(rate, device=device) for rate in (CODE_RATE, GAIN_RATE)]
+    starts = (code_rate, GAIN_RATE)
+    rates = [torch.tensor(start, device=device) for start in starts]
     groups = [{"params": group, "lr": rate} for group, rate in zip((codes, gains), rates, strict=True)]
     adam = torch.optim.Adam(groups, eps=EPSILON, foreach=False, capturable=device.type == "cuda")
     batch = _Batch(fit, streams.index)
@@ -139,7 +149,7 @@ def _train(
     run = _Graphed(step) if device.type == "cuda" and batch.uniform else step
     with torch.enable_grad(), fast_matmul(), sdpa_kernel(SDPBackend.MATH):  # other backends sum in any order
         for number, picks in enumerate(_picks(len(fit))):
-            for rate, start in zip(rates, (CODE_RATE, GAIN_RATE), strict=True):
+            for rate, start in zip(rates, starts, strict=True):
                 rate.fill_(start * (1 - number / STEPS))
             batch.load(picks)
             run()
