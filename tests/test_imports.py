@@ -43,7 +43,8 @@ ALLOWED = {
     "source": {"checkpoint", "config", "errors", "hardware"},
     "names": {"errors"},
     "plan": {"algorithm", "config", "errors", "linears"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "kernels", "linear", "linears", "names", "plan", "progress"}
+    "effort": {"algorithm", "config", "kernels", "linears"},
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "linear", "linears", "names", "plan", "progress"}
     | {"source"}
     | GROUND,
     "load": {"checkpoint", "kernels", "linear", "linears", "names", "source"} | GROUND,

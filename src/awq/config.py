@@ -42,7 +42,7 @@ class QuantConfig:
                    None picks 128, or the largest of 64 and 32 that divides the model's widths
     zero_point:    asymmetric codes (True) or symmetric around 8 (False)
     version:       kernel version a script asked for; validated, never pins a kernel
-    outlier_ratio: share of the input channels of each linear kept in fp16, 0 to 0.05; 0 is off
+    outlier_ratio: share of the weights that may be kept in fp16 too, as input channels, 0 to 0.05; 0 is off
     scale, clip:   search activation-aware scales; search clipped ranges
     refit:         refit the group scales to the chosen codes by least squares
     effort:        "fast" rounds plainly; "balanced" rounds with compensation, behind what is already quantized;

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from awq import __version__
 from awq.algorithm.blocks import quantize_blocks, storage_dtype
-from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.calibration import CalibrationSet, load_calibration
 from awq.checkpoint.output import check_output, finished_recipe
 from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
+from awq.effort import column_loop, warn_if_slow
 from awq.errors import CalibrationError, ConfigError
-from awq.kernels.cuda import columns
 from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.names import of_module, to_stored
@@ -67,9 +66,8 @@ def quantize_model(
         replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
     place = pick_device(device)
-    solve = quantize_blocks(
-        model, calibration.tokens, planned.config, wanted.__contains__, place, _column_loop(place, config.effort)
-    )
+    warn_if_slow(model, wanted, planned.config, place)
+    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
     with track("Quantizing", blocks, enabled=progress) as bar:
         for block, results in solve:
             for linear, result in results.items():
@@ -84,13 +82,6 @@ def quantize_model(
         "not_converted": planned.not_converted,
         "notes": [*planned.notes],
     }
-
-
-def _column_loop(device: torch.device, effort: str) -> ColumnLoop:
-    """The column loop of compensated rounding for `device`: a kernel where it has one."""
-    if effort == "fast" or columns.obstacle(device):
-        return PLAIN_LOOP
-    return ColumnLoop(columns.round_columns, columns.COLUMNS)
 
 
 def check_model(model: Any, config: QuantConfig, name: str) -> Plan:

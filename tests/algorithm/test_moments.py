@@ -76,3 +76,10 @@ def test_dead_channels_are_harmless() -> None:
     assert measured(exact, x, lag, weight).corrected({"linear": weight}, RIDGES[0])["linear"].isfinite().all()
     moments = measured(exact * 0, x * 0, lag * 0, weight)
     assert torch.equal(moments.corrected({"linear": weight}, RIDGES[0])["linear"], weight)
+
+
+def test_a_larger_ridge_corrects_less() -> None:
+    exact, x, lag, weight = streams()
+    moments = measured(exact, x, lag, weight)
+    moved = [float((moments.corrected({"linear": weight}, ridge)["linear"] - weight).norm()) for ridge in RIDGES]
+    assert moved == sorted(moved, reverse=True) and moved[-1] > 0
