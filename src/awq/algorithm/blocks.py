@@ -136,7 +136,9 @@ def _passes(parts: list[T]) -> list[list[T]]:
 def _learn(
     streams: Propagation, solutions: list[Solution], structure: Structure, stored_in: torch.dtype
 ) -> list[Solution]:
-    """The solutions after learning, measured anew; as they were where held-out text says that they were better."""
+    """The solutions after learning, measured anew; as they were where the block's output is no closer on held-out text,
+    or a linear's is behind plain rounding's.
+    """
     offsets = {"norm": 0.0, "norm_plus_one": 1.0}
     norms = {group.producer: offsets[group.kind] for group in structure.groups if group.kind in offsets}
     measured = [solution for solution in solutions if solution.held_out is not None]
@@ -144,15 +146,22 @@ def _learn(
     learned = learn(streams, coded, norms, stored_in)
     if learned is None:
         return solutions
-    for name, weight in learned.norms.items():
-        streams.block.get_parameter(f"{name}.weight").data.copy_(weight)
+    weights = {name: streams.block.get_parameter(f"{name}.weight").data for name in learned.norms}
+    before, done = {name: weight.clone() for name, weight in weights.items()}, dict(streams.done)
+    for name, weight in weights.items():
+        weight.copy_(learned.norms[name])
     streams.done.update({name: one.weight for name, one in learned.coded.items()})
     moments = streams.measure([column_scales(solution.linears) for solution in measured])
     again = {
         id(solution): Solution(solution.linears, {name: learned.coded[name] for name in solution.coded}, *pair)
         for solution, pair in zip(measured, moments, strict=True)
     }
-    return [again.get(id(solution), solution) for solution in solutions]
+    if all(solution.beats_rounding for solution in again.values()):
+        return [again.get(id(solution), solution) for solution in solutions]
+    for name, weight in weights.items():
+        weight.copy_(before[name])
+    streams.done = done
+    return solutions
 
 
 def _sets(structure: Structure, linears: Linears) -> list[Linears]:

@@ -120,6 +120,14 @@ class Solution:
         """The int4 alone, by linear."""
         return {name: coded.weight for name, coded in self.coded.items()}
 
+    @property
+    def beats_rounding(self) -> bool:
+        """Whether no linear has a higher loss than plain rounding would leave."""
+        judges = self.judges()
+        return all(
+            judges[name](one.weight) <= judges[name](self.linears[name].rounded) for name, one in self.coded.items()
+        )
+
     def judges(self) -> dict[str, Callable[[Tensor], float]]:
         if self.held_out is None:
             return {name: linear.loss_of for name, linear in self.linears.items()}
