@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure, fold
 from awq.algorithm.learn import learn
-from awq.algorithm.outliers import Budget, Kept, keep_plainly
+from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
@@ -28,7 +26,6 @@ from awq.linears import linear_shape
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 PROBE_TOKENS = 32
-T = TypeVar("T")
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input (experts), one pass serves them all
 
 
@@ -110,27 +107,23 @@ def _behind_quantized(
     if config.effort == "max":
         solutions = _learn(streams, solutions, structure, stored_in)
     streams.advance()
-    kept: dict[str, Kept] = {}
-    if config.outlier_ratio:
-        kept = budget.spend(replace(streams, done={}, stream="kept"), _passes(solutions))
-    return {name: result for part in solutions for name, result in finish(part, kept, config).items()}
+    results: Results = {}
+    for solution in solutions:
+        results |= finish(solution, budget.spend(solution), config)
+    return results
 
 
 def _propagate(streams: Propagation, sets: list[Linears], config: QuantConfig, columns: ColumnLoop) -> list[Solution]:
     """Set after set in the order of the data, each behind those that are quantized."""
     solutions = []
-    for together in _passes(sets):
+    passes = [[part] for part in sets] if len(sets) <= MAX_PASSES else [sets]
+    for together in passes:
         moments = streams.measure([column_scales(part) for part in together])
         solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
         for solution in solved:
             streams.done.update(solution.weights)
         solutions += solved
     return solutions
-
-
-def _passes(parts: list[T]) -> list[list[T]]:
-    """What is measured in one pass of the block: a set each, or all of very many."""
-    return [[part] for part in parts] if len(parts) <= MAX_PASSES else [parts]
 
 
 def _learn(

@@ -73,13 +73,13 @@ class Call:
 class Chunk:
     """A few sequences on their way through the model: hidden states [sequences, tokens, width], each block's call.
 
-    behind:   the hidden states behind quantized blocks, by stream, where they are propagated and the first is passed
-    held_out: not fitted to, only judged by
+    quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
+    held_out:  not fitted to, only judged by
     """
 
     hidden: Tensor
     calls: list[Call] = field(default_factory=list)
-    behind: dict[str, Tensor] = field(default_factory=dict)
+    quantized: Tensor | None = None
     held_out: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,7 @@ class Propagation:
     inputs:    the block's input of each chunk in the float model
     exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold
     residuals: by linear that writes to the residual stream, the module that reads it just before
-    done:      the weights of the linears that are quantized
-    stream:    "int4", or "kept" behind blocks with their outlier channels: the int4 alone is what it is without them
+    done:      the weights of the linears that are quantized, as the int4 alone has them
     """
 
     block: nn.Module
@@ -72,7 +71,6 @@ class Propagation:
     exact: list[Seen]
     residuals: Mapping[str, str]
     done: dict[str, Tensor] = field(default_factory=dict)
-    stream: Literal["int4", "kept"] = "int4"
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
         """For each set of linears that read one input, the moments to fit, and the held-out ones to judge by.
@@ -92,26 +90,16 @@ class Propagation:
             moments.finish()
         return [(fit, fit if all_fit else held) for fit, held in results]
 
-    def output_loss(self) -> float:
-        """The squared distance of the block's output to the float model's on held-out text, infinite without any."""
-        with fast_matmul(enabled=False), replaced_weights(self.block, self.done):
-            losses = [
-                (chunk.calls[self.index].run(self.block, before) - chunk.hidden).square().sum()
-                for chunk, before in self.entering()
-                if chunk.held_out
-            ]
-        return float(torch.stack(losses).sum()) if losses else float("inf")
-
     def advance(self) -> None:
-        """Move the stream on to the block's output."""
+        """Move the quantized stream on to the block's output."""
         with fast_matmul(), replaced_weights(self.block, self.done):
             for chunk, before in self.entering():
-                chunk.behind[self.stream] = chunk.calls[self.index].run(self.block, before)
+                chunk.quantized = chunk.calls[self.index].run(self.block, before)
 
     def entering(self) -> list[tuple[Chunk, Tensor]]:
         """Each chunk with what the block is given behind quantized blocks."""
         pairs = zip(self.chunks, self.inputs, strict=True)
-        return [(chunk, chunk.behind.get(self.stream, hidden)) for chunk, hidden in pairs]
+        return [(chunk, hidden if chunk.quantized is None else chunk.quantized) for chunk, hidden in pairs]
 
     def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
