@@ -31,7 +31,7 @@ def test_one_excluded_name_is_not_its_letters() -> None:
         ({"outlier_ratio": 0.06}, "outlier_ratio=0.06 is out of range"),
         ({"outlier_ratio": -1}, "out of range"),
         ({"outlier_ratio": "x"}, "out of range"),
-        ({"effort": "max"}, "effort='max' is not known: use fast or balanced"),
+        ({"effort": "most"}, "effort='most' is not known: use fast, balanced or max"),
         ({"effort": 1}, "effort=1"),
         ([1], "no dictionary"),
         ({"version": "exllama"}, "unknown kernel version 'exllama'"),

@@ -44,7 +44,9 @@ ALLOWED = {
     "source": {"checkpoint", "config", "errors", "hardware"},
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "experts", "linear", "linears", "names", "plan", "progress"}
+    "effort": {"algorithm", "config", "kernels", "linears"},
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
+    | {"progress"}
     | {"source"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,

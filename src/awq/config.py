@@ -19,7 +19,7 @@ VERSION_ALIASES = {
     "gemvfast": "GEMV",
     "marlin": "GEMM",
 }
-EFFORTS = ("fast", "balanced")
+EFFORTS = ("fast", "balanced", "max")
 _OLD_NAMES = {"w_bit": "bits", "q_group_size": "group_size"}
 _METHODS = ("awq", "llm-awq")
 
@@ -42,10 +42,11 @@ class QuantConfig:
                    None picks 128, or the largest of 64 and 32 that divides the model's widths
     zero_point:    asymmetric codes (True) or symmetric around 8 (False)
     version:       kernel version a script asked for; validated, never pins a kernel
-    outlier_ratio: share of the input channels of each linear kept in fp16, 0 to 0.05; 0 is off
+    outlier_ratio: share of the weights that may be kept in fp16 too, as input channels, 0 to 0.05; 0 is off
     scale, clip:   search activation-aware scales; search clipped ranges
     refit:         refit the group scales to the chosen codes by least squares
-    effort:        "fast" rounds plainly; "balanced" rounds with compensation, behind what is already quantized
+    effort:        "fast" rounds plainly; "balanced" rounds with compensation, behind what is already quantized;
+                   "max" then learns rounding, scales and norms block by block: for a GPU
     """
 
     bits: int = 4
@@ -69,7 +70,7 @@ class QuantConfig:
                 f"outlier_ratio={self.outlier_ratio!r} is out of range: use 0 (off) to {MAX_OUTLIER_RATIO}."
             )
         if self.effort not in EFFORTS:
-            raise ConfigError(f"effort={self.effort!r} is not known: use {' or '.join(EFFORTS)}.")
+            raise ConfigError(f"effort={self.effort!r} is not known: use {', '.join(EFFORTS[:-1])} or {EFFORTS[-1]}.")
         canonical_version(self.version)
         object.__setattr__(self, "modules_to_not_convert", _name_list(self.modules_to_not_convert))
 

@@ -38,6 +38,14 @@ def of_module(rename: Rename) -> Rename:
     return lambda name: rename(f"{name}.weight").removesuffix(".weight")
 
 
+def by_stored_names(model: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of the linears under the names that the checkpoint has them under."""
+    stored = of_module(to_stored(model))
+    return report | {
+        key: {stored(name): of for name, of in report[key].items()} for key in ("linears", "not_converted")
+    }
+
+
 def not_converted(model: Any, kept: Collection[str], quantized: Collection[str]) -> tuple[str, ...]:
     """What stays float, as vLLM looks for it, by stored names, and as transformers does, by its own."""
     found: dict[str, None] = {}

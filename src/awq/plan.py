@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from awq.algorithm.blocks import find_blocks
+from awq.algorithm.find import find_blocks
 from awq.config import QuantConfig
 from awq.errors import ConfigError, UnsupportedModelError
 from awq.experts import routers

@@ -23,11 +23,12 @@ from awq.checkpoint.output import check_output, finished_recipe
 from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
+from awq.effort import column_loop, warn_if_slow
 from awq.errors import CalibrationError, ConfigError
 from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import kept_in_float32, not_converted, of_module, text_prefixes, to_stored
+from awq.names import by_stored_names, kept_in_float32, not_converted, of_module, text_prefixes, to_stored
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
@@ -66,7 +67,9 @@ def quantize_model(
     for linear in wanted:
         replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
-    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, pick_device(device))
+    place = pick_device(device)
+    warn_if_slow(model, wanted, planned.config, place)
+    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
     with track("Quantizing", blocks, enabled=progress) as bar:
         for block, results in solve:
             for linear, result in results.items():
@@ -159,20 +162,12 @@ def save_quantized(
         quant=config,
         linears=_quantized_linears(model),
         floats=_float_tensors(model),
-        report=_by_stored_names(model, report),
+        report=by_stored_names(model, report),
         extras=extras,
         shard_size=shard_size,
         overwrite=overwrite,
         verify=verify,
     )
-
-
-def _by_stored_names(model: Any, report: dict[str, Any]) -> dict[str, Any]:
-    """The report of the linears under the names that the checkpoint has them under."""
-    stored = of_module(to_stored(model))
-    return report | {
-        key: {stored(name): of for name, of in report[key].items()} for key in ("linears", "not_converted")
-    }
 
 
 def quantize_folder(

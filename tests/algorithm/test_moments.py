@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.moments import RESIDUAL, RIDGE, Moments
+from awq.algorithm.moments import RESIDUAL, RIDGES, Moments
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -43,9 +43,9 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_target(writes: bool
     moments = measured(exact, x, lag if writes else None, weight)
     target = exact @ weight.t() + (RESIDUAL * lag if writes else 0)
     gram = x.t() @ x / 500
-    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(32)
+    damped = gram + RIDGES[0] * gram.diagonal().mean() * torch.eye(32)
     expected = weight + torch.linalg.solve(damped, x.t() @ (target - x @ weight.t()) / 500).t()
-    corrected = moments.corrected("linear", weight)
+    corrected = moments.corrected({"linear": weight}, RIDGES[0])["linear"]
     assert torch.allclose(corrected, expected, atol=1e-4)
     wanted = moments.wanted("linear", weight)
     before, after = (moments.row_losses("linear", weight, wanted, w).sum() for w in (weight, corrected))
@@ -58,7 +58,7 @@ def test_equal_streams_ask_for_no_correction() -> None:
     moments.add(exact, None, {})
     moments.add_missed({"linear": weight}, None, {})
     moments.finish()
-    assert torch.equal(moments.corrected("linear", weight), weight)
+    assert torch.equal(moments.corrected({"linear": weight}, RIDGES[0])["linear"], weight)
     assert not moments.missed
 
 
@@ -73,6 +73,13 @@ def test_no_token_and_values_that_are_not_finite_are_of_no_use() -> None:
 def test_dead_channels_are_harmless() -> None:
     exact, x, lag, weight = streams()
     exact[:, 3], x[:, 3] = 0, 0
-    assert measured(exact, x, lag, weight).corrected("linear", weight).isfinite().all()
+    assert measured(exact, x, lag, weight).corrected({"linear": weight}, RIDGES[0])["linear"].isfinite().all()
     moments = measured(exact * 0, x * 0, lag * 0, weight)
-    assert torch.equal(moments.corrected("linear", weight), weight)
+    assert torch.equal(moments.corrected({"linear": weight}, RIDGES[0])["linear"], weight)
+
+
+def test_a_larger_ridge_corrects_less() -> None:
+    exact, x, lag, weight = streams()
+    moments = measured(exact, x, lag, weight)
+    moved = [float((moments.corrected({"linear": weight}, ridge)["linear"] - weight).norm()) for ridge in RIDGES]
+    assert moved == sorted(moved, reverse=True) and moved[-1] > 0

@@ -8,7 +8,7 @@ from awq.algorithm import blocks as blocks_module
 from awq.algorithm import solve as solve_module
 from awq.algorithm.blocks import find_blocks, quantize_blocks
 from awq.algorithm.propagate import enter_both, recorded
-from awq.algorithm.rounding import round_columns
+from awq.algorithm.rounding import ColumnLoop, Rounded, round_columns
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from tests.algorithm.test_blocks import apply, logits, quantized
@@ -104,8 +104,8 @@ def _output_of(model: Any, name: str, tokens: Tensor) -> Tensor:
 
 
 def test_plain_rounding_is_taken_where_compensation_does_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    def worst(weight: Tensor, _gram: Tensor, grid: Any, *_rest: Any) -> Tensor:
-        return 15 - grid.encode(weight)
+    def worst(weight: Tensor, _gram: Tensor, grid: Any, *_rest: Any) -> Rounded:
+        return Rounded(15 - grid.encode(weight), 15 - grid.unrounded(weight))
 
     monkeypatch.setattr(solve_module, "round_compensated", worst)
     for result in quantized(tiny_llama(), TEXT, effort="balanced").values():
@@ -134,7 +134,7 @@ def test_the_column_loop_is_passed_down() -> None:
         return round_columns(weight, *rest)
 
     config = QuantConfig(group_size=32, effort="balanced", outlier_ratio=0)
-    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, spy):
+    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, ColumnLoop(spy, 32)):
         pass
     assert sum(calls) == 2 * (64 + 64 + 64 + 128)
 

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from awq.algorithm.affine import Affine, fit_affine
 from awq.algorithm.loss import output_error
-from awq.algorithm.rounding import DAMPING, round_columns, round_compensated
+from awq.algorithm.rounding import DAMPING, ColumnLoop, round_columns, round_compensated
 
 
 def problem(out: int = 8, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -12,6 +14,11 @@ def problem(out: int = 8, width: int = 32, seed: int = 0) -> tuple[Tensor, Tenso
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, width, generator=generator) @ torch.randn(width, width, generator=generator)
     return torch.randn(out, width, generator=generator), x.t() @ x / 400
+
+
+def codes_of(*args: Any, **options: Any) -> Tensor | None:
+    rounded = round_compensated(*args, **options)
+    return rounded and rounded.codes
 
 
 def brute_force(weight: Tensor, gram: Tensor, grid: Affine) -> Tensor:
@@ -38,7 +45,7 @@ def brute_force(weight: Tensor, gram: Tensor, grid: Affine) -> Tensor:
 def test_it_is_what_solving_anew_after_each_column_gives(group_size: int, zero_point: bool) -> None:
     weight, gram = problem()
     grid = fit_affine(weight, group_size, 4, zero_point)
-    codes = round_compensated(weight, gram, grid)
+    codes = codes_of(weight, gram, grid)
     assert codes is not None and codes.dtype == torch.uint8
     assert torch.equal(codes, brute_force(weight, gram, grid))
 
@@ -47,8 +54,8 @@ def test_it_is_what_solving_anew_after_each_column_gives(group_size: int, zero_p
 def test_the_size_of_a_block_of_columns_changes_no_code(block: int) -> None:
     weight, gram = problem(24, 96)
     grid = fit_affine(weight, 32, 4, True)
-    codes = round_compensated(weight, gram, grid)
-    again = round_compensated(weight, gram, grid, block=block)
+    codes = codes_of(weight, gram, grid)
+    again = codes_of(weight, gram, grid, ColumnLoop(round_columns, block))
     assert codes is not None and again is not None
     assert torch.equal(codes, again)
 
@@ -58,8 +65,8 @@ def test_the_order_of_the_channels_changes_nothing() -> None:
     weight, gram = problem(16, 48)
     grid = fit_affine(weight, -1, 4, True)
     shuffle = torch.randperm(48, generator=torch.Generator().manual_seed(3))
-    codes = round_compensated(weight, gram, grid)
-    shuffled = round_compensated(weight[:, shuffle], gram[shuffle][:, shuffle], grid)
+    codes = codes_of(weight, gram, grid)
+    shuffled = codes_of(weight[:, shuffle], gram[shuffle][:, shuffle], grid)
     assert codes is not None and shuffled is not None
     assert torch.equal(codes[:, shuffle], shuffled)
 
@@ -67,8 +74,8 @@ def test_the_order_of_the_channels_changes_nothing() -> None:
 def test_linears_solved_as_one_come_out_as_alone() -> None:
     weight, gram = problem(24, 64)
     grid = fit_affine(weight, 32, 4, True)
-    together = round_compensated(weight, gram, grid)
-    alone = round_compensated(weight[:8], gram, Affine(grid.scales[:8], grid.zeros[:8], 4))
+    together = codes_of(weight, gram, grid)
+    alone = codes_of(weight[:8], gram, Affine(grid.scales[:8], grid.zeros[:8], 4))
     assert together is not None and alone is not None
     assert torch.equal(together[:8], alone)
 
@@ -77,7 +84,7 @@ def test_linears_solved_as_one_come_out_as_alone() -> None:
 def test_it_costs_less_than_plain_rounding(bits: int) -> None:
     weight, gram = problem(32, 128)
     grid = fit_affine(weight, 32, bits, True)
-    codes = round_compensated(weight, gram, grid)
+    codes = codes_of(weight, gram, grid)
     assert codes is not None
     compensated = output_error(grid.decode(codes) - weight, gram)
     assert int(codes.max()) < 2**bits
@@ -88,7 +95,7 @@ def test_dead_channels_are_rounded_plainly_and_the_rest_goes_on() -> None:
     weight, gram = problem()
     gram[5], gram[:, 5] = 0, 0
     grid = fit_affine(weight, 16, 4, True)
-    codes = round_compensated(weight, gram, grid)
+    codes = codes_of(weight, gram, grid)
     assert codes is not None
     assert torch.equal(codes[:, 5], grid.encode(weight)[:, 5])
     assert output_error(grid.decode(codes) - weight, gram) < output_error(grid.round(weight) - weight, gram)
@@ -98,7 +105,7 @@ def test_all_zero_groups_stay_zero() -> None:
     weight, gram = problem()
     weight[:, :16] = 0
     grid = fit_affine(weight, 16, 4, True)
-    codes = round_compensated(weight, gram, grid)
+    codes = codes_of(weight, gram, grid)
     assert codes is not None
     assert grid.decode(codes).isfinite().all()
 
@@ -112,7 +119,7 @@ def test_a_gram_matrix_of_no_use_is_said(value: float) -> None:
 def test_a_matrix_that_is_not_positive_definite_takes_more_damping() -> None:
     weight, gram = problem()
     gram -= 0.1 * gram.diagonal().mean() * torch.eye(len(gram))
-    codes = round_compensated(weight, gram, fit_affine(weight, 16, 4, True))
+    codes = codes_of(weight, gram, fit_affine(weight, 16, 4, True))
     assert codes is not None
 
 
@@ -125,8 +132,8 @@ def test_another_column_loop_can_be_passed_in() -> None:
         return round_columns(part, *rest)  # type: ignore[arg-type]
 
     grid = fit_affine(weight, 32, 4, True)
-    codes = round_compensated(weight, gram, grid, spy, block=48)
-    expected = round_compensated(weight, gram, grid)
+    codes = codes_of(weight, gram, grid, ColumnLoop(spy, 48))
+    expected = codes_of(weight, gram, grid)
     assert codes is not None and expected is not None
     assert widths == [48, 16]
     assert torch.equal(codes, expected)

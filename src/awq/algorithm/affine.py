@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: an all-equal group must not divide by zero
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: an all-equal group must not divide by zero
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Affine:
         """Codes of `weight` [out, in], plain rounding, uint8 [out, in]."""
         codes = torch.round(self._grouped(weight) / self.scales.unsqueeze(-1)) + self.zeros.unsqueeze(-1)
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
+
+    def unrounded(self, weight: Tensor) -> Tensor:
+        """What `encode` rounds, float32 [out, in]."""
+        return (self._grouped(weight) / self.scales.unsqueeze(-1) + self.zeros.unsqueeze(-1)).flatten(1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 weight [out, in] of `codes` [out, in]."""
@@ -68,4 +72,4 @@ def span(low: Tensor, high: Tensor, bits: int, zero_point: bool) -> Affine:
 
 
 def _storable(scales: Tensor) -> Tensor:
-    return scales.to(torch.float16).float().clamp_min(_SMALLEST_SCALE)
+    return scales.to(torch.float16).float().clamp_min(SMALLEST_SCALE)

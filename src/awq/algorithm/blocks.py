@@ -2,90 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, InputStats, Stop, capture, enter_model, fast_matmul, lifted
+from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.coverage import Counts, counted, every_expert
+from awq.algorithm.find import PROBE_TOKENS, find_blocks
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
+from awq.algorithm.learn import learn
+from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.propagate import Propagation, enter_both, recorded
-from awq.algorithm.rounding import ColumnLoop, round_columns
+from awq.algorithm.result import QuantizedLinear, Results, finish
+from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
 from awq.algorithm.scale import Consumer, search_scale
 from awq.algorithm.siblings import Siblings
-from awq.algorithm.solve import Linear, Linears, QuantizedLinear, Results, plain, solve, solve_propagated
+from awq.algorithm.solution import Linear, Linears, Solution, column_scales
+from awq.algorithm.solve import plain, solve, solve_propagated
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
-from awq.errors import UnsupportedModelError
 from awq.linears import linear_shape, shared_parameters
 
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
-PROBE_TOKENS = 32
-_FAILED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)  # what a model raises for its inputs
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input, one pass serves them all
 PASS_BYTES = 4 << 30  # of moments in one pass; it decides how many passes experts take, and nothing of the result
 STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that text runs through, and its name; `model` may be on the meta device.
-
-    Vision and audio towers have lists of their own: of several, it is the first that a forward on tokens alone enters.
-    """
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        within = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not within and any(map(_has_linears, module)):
-            lists[name] = module
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no list of blocks with linear layers, so there is nothing to quantize."
-        )
-    name = next(iter(lists)) if len(lists) == 1 else _first_entered(model, lists)
-    return name, lists[name]
-
-
-def _has_linears(block: nn.Module) -> bool:
-    return linear_shape(block) is None and any(linear_shape(module) for module in block.modules())
-
-
-def _first_entered(model: nn.Module, lists: Mapping[str, nn.ModuleList]) -> str:
-    """The list one of whose blocks a forward on tokens alone calls first. Zeros stand for the weights on the way."""
-    entered: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_block: nn.Module, _args: object) -> None:
-            entered.append(name)
-            raise Stop
-
-        return hook
-
-    # one zero each, expanded: an embedding may be gigabytes, and on the meta device
-    zeros = {
-        name: torch.zeros((), dtype=p.dtype, device="cpu" if p.is_meta else p.device).expand(p.shape)
-        for name, p in model.named_parameters()
-        if not any(name.startswith(f"{blocks}.") for blocks in lists)
-    }
-    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=next(iter(zeros.values())).device)
-    reason = "none of them is run"
-    with ExitStack() as hooks, torch.no_grad(), suppress(Stop):
-        for name, blocks in lists.items():
-            for block in blocks:
-                hooks.callback(block.register_forward_pre_hook(note(name)).remove)
-        try:
-            torch.func.functional_call(model, zeros, kwargs={"input_ids": tokens, "use_cache": False})
-        except _FAILED as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-    if not entered:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not show on text alone which of {', '.join(lists)} reads it: {reason}."
-        )
-    return entered[0]
 
 
 def quantize_blocks(
@@ -94,7 +39,7 @@ def quantize_blocks(
     config: QuantConfig,
     wanted: Callable[[str], bool],
     device: torch.device,
-    columns: ColumnLoop = round_columns,
+    columns: ColumnLoop = PLAIN_LOOP,
 ) -> Iterator[tuple[str, Results]]:
     """Quantize block after block; yields the block's name and its results by full linear name.
 
@@ -106,6 +51,7 @@ def quantize_blocks(
     prefix, blocks = find_blocks(model)
     shared = shared_parameters(model)
     propagated = config.effort != "fast"
+    budget = Budget(config.outlier_ratio)
     with torch.no_grad():
         probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
         chunks = (enter_both if propagated else enter_model)(model, blocks, tokens, device)
@@ -128,30 +74,82 @@ def quantize_blocks(
                 sets = _sets(structure, linears)
                 if propagated and probe.calls[index]:
                     with every_expert(block, chunks):
-                        results = _propagate(streams, _passes(sets, like), config, columns)
-                        while _undone(folds, results, block, linears):
+                        solutions = _propagate(streams, _passes(sets, like), config, columns)
+                        while _undone(folds, solutions, block, linears):
                             streams.done.clear()
-                            results = _propagate(streams, _passes(sets, like), config, columns)
+                            solutions = _propagate(streams, _passes(sets, like), config, columns)
+                    if config.effort == "max":
+                        solutions = _learn(streams, solutions, groups, stored_in)
                     streams.advance()
+                    results = _finished(solutions, config, budget)
                 else:
-                    results = {name: result for part in sets for name, result in solve(part, config).items()}
+                    results = _plainly(sets, config)
             yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
 
-def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop) -> Results:
-    """Pass after pass in the order of the data, each behind the linears that are quantized."""
+def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
     results: Results = {}
-    for together in passes:
-        moments = streams.measure([{name: linear.column_scale for name, linear in part.items()} for part in together])
-        for part, (fit, held_out) in zip(together, moments, strict=True):
-            results |= solve_propagated(part, fit, held_out, config, columns)
-        streams.done.update({name: results[name].packed.dequantize() for part in together for name in part})
+    for solution in (solve(part, config) for part in sets):
+        results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
     return results
 
 
-def _undone(folds: list[Folded], results: Results, block: nn.Module, linears: Linears) -> bool:
+def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget) -> Results:
+    results: Results = {}
+    for solution in solutions:
+        results |= finish(solution, budget.spend(solution), config)
+    return results
+
+
+def _propagate(
+    streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop
+) -> list[Solution]:
+    """Pass after pass in the order of the data, each behind the linears that are quantized."""
+    solutions = []
+    for together in passes:
+        moments = streams.measure([column_scales(part) for part in together])
+        solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
+        for solution in solved:
+            streams.done.update(solution.weights)
+        solutions += solved
+    return solutions
+
+
+def _learn(
+    streams: Propagation, solutions: list[Solution], groups: list[ScaleGroup], stored_in: torch.dtype
+) -> list[Solution]:
+    """The solutions after learning, measured anew; as they were where the block's output is no closer on held-out text,
+    or a linear's is behind plain rounding's.
+    """
+    offsets = {"norm": 0.0, "norm_plus_one": 1.0}
+    norms = {group.producer: offsets[group.kind] for group in groups if group.kind in offsets}
+    measured = [solution for solution in solutions if solution.held_out is not None]
+    coded = {name: one for solution in measured for name, one in solution.coded.items()}
+    learned = learn(streams, coded, norms, stored_in)
+    if learned is None:
+        return solutions
+    weights = {name: streams.block.get_parameter(f"{name}.weight").data for name in learned.norms}
+    before, done = {name: weight.clone() for name, weight in weights.items()}, dict(streams.done)
+    for name, weight in weights.items():
+        weight.copy_(learned.norms[name])
+    streams.done.update({name: one.weight for name, one in learned.coded.items()})
+    with every_expert(streams.block, streams.chunks):
+        moments = streams.measure([column_scales(solution.linears) for solution in measured])
+    again = {
+        id(solution): Solution(solution.linears, {name: learned.coded[name] for name in solution.coded}, *pair)
+        for solution, pair in zip(measured, moments, strict=True)
+    }
+    if all(solution.beats_rounding for solution in again.values()):
+        return [again.get(id(solution), solution) for solution in solutions]
+    for name, weight in weights.items():
+        weight.copy_(before[name])
+    streams.done = done
+    return solutions
+
+
+def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
     """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    losses = {name: (result.report["loss"], result.report["loss_rounding"]) for name, result in results.items()}
+    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
     worse = [made for made in folds if made.is_worse(losses)]
     for made in worse:
         made.undo(block, linears)

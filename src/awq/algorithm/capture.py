@@ -61,7 +61,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         output = block(hidden, *self.args, **self.kwargs)
         result = output[0] if isinstance(output, tuple | list) else output
         if not isinstance(result, Tensor):
@@ -85,6 +85,12 @@ class Chunk:
     calls: list[Call | None] = field(default_factory=list)
     quantized: Tensor | None = None
     held_out: bool = False
+
+    def call(self, index: int) -> Call:
+        """How text calls a block that it runs."""
+        call = self.calls[index]
+        assert call is not None
+        return call
 
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """What `block` makes of `hidden`, called as the model calls it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import InputStats
 from awq.algorithm.groups import ScaleGroup, fold
-from awq.algorithm.solve import Linears
+from awq.algorithm.solution import Linears
 
 SLACK = 1e-6  # what float32 leaves between two equal losses
 

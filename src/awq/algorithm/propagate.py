@@ -101,36 +101,49 @@ class Propagation:
         """
         results = [(_empty(scales), _empty(scales)) for scales in sets]
         all_fit = not any(chunk.held_out for chunk in self.chunks)
-        with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden, exact, routing in zip(self.chunks, self.inputs, self.exact, self.routing, strict=True):
+        weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for (chunk, before), exact, routing in zip(self.entering(), self.exact, self.routing, strict=True):
                 with replayed_routing(self.block, routing):
-                    seen = self._run(chunk, hidden, sets)
-                for scales, (fit, held) in zip(sets, results, strict=True):
-                    moments, judge = held if chunk.held_out else fit, chunk.held_out or all_fit
-                    self._add(moments, scales, exact, seen, judge, hidden.shape[:-1].numel())
+                    seen = self._run(chunk, before, sets)
+                for scales, own, (fit, held) in zip(sets, weights, results, strict=True):
+                    judged = own if chunk.held_out or all_fit else {}
+                    moments, tokens = held if chunk.held_out else fit, before.shape[:-1].numel()
+                    self._add(moments, scales, exact, seen, judged, tokens)
         for moments in (moments for pair in results for moments in pair):
             moments.finish()
         return [(fit, fit if all_fit else held) for fit, held in results]
 
     def advance(self) -> None:
         """Move the quantized stream on to the block's output."""
-        with fast_matmul(), _weights(self.block, self.done):
-            for chunk, hidden in zip(self.chunks, self.inputs, strict=True):
-                before = hidden if chunk.quantized is None else chunk.quantized
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for chunk, before in self.entering():
                 chunk.quantized = chunk.run(self.index, self.block, before)
 
-    def _run(self, chunk: Chunk, hidden: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
+    def entering(self) -> list[tuple[Chunk, Tensor]]:
+        """Each chunk with what the block is given behind quantized blocks."""
+        pairs = zip(self.chunks, self.inputs, strict=True)
+        return [(chunk, hidden if chunk.quantized is None else chunk.quantized) for chunk, hidden in pairs]
+
+    def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
         last = firsts[0] if len(firsts) == 1 and not self.like.place(firsts[0]) else None
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
-            chunk.run(self.index, self.block, hidden if chunk.quantized is None else chunk.quantized)
+            chunk.run(self.index, self.block, before)
         return runs[0]
 
     def _add(
-        self, moments: Moments, scales: Mapping[str, Tensor], exact: Seen, seen: Seen, judge: bool, tokens: int
+        self,
+        moments: Moments,
+        scales: Mapping[str, Tensor],
+        exact: Seen,
+        seen: Seen,
+        judged: Mapping[str, Tensor],
+        tokens: int,
     ) -> None:
+        """judged: the float weights of linears whose loss will be asked for; tokens: of the chunk"""
         first, scale = next(iter(scales.items()))
         x, before = seen.get(first), exact.get(first)
         if x is None:
@@ -142,9 +155,7 @@ class Propagation:
                 name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
             }
         moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
-        if judge:
-            weights = {name: _weight(self.block.get_submodule(name)) for name in scales}
-            moments.add_missed(weights, drift, lag)
+        moments.add_missed(judged, drift, lag)
 
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
@@ -163,7 +174,7 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 @contextmanager
-def _weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """`block` with other weights in some of its linears."""
     modules = {name: block.get_submodule(name) for name in weights}
     originals = {name: module.weight for name, module in modules.items()}

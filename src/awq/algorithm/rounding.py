@@ -7,6 +7,7 @@ Plain rounding is `Affine.encode`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +15,24 @@ from torch import Tensor
 from awq.algorithm.affine import Affine
 from awq.algorithm.capture import fast_matmul
 
-COLUMNS = 32  # rounded one by one before the rest is told, in one product; small enough for a CPU's cache
 DAMPING = 0.05  # of the mean diagonal, added to the diagonal; 0.01 to 0.3 measured alike
 _STRONGER = 10.0  # where the Gram matrix is not positive definite
 
-# (weight [k, out], factor [k, k], scales [k, out], zeros [k, out], highest code) -> codes uint8 [k, out] and errors
-# float32 [k, out], each divided by its factor's diagonal: a block of columns, transposed. A GPU has a kernel for it.
-ColumnLoop = Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+class ColumnLoop(NamedTuple):
+    """Rounds a block of columns one by one, before the rest of them is told in one product; a GPU has a kernel for it.
+
+    round:   (weight [k, out], factor [k, k], scales [k, out], zeros [k, out], highest code) -> codes uint8 [k, out]
+             and errors float32 [k, out], each divided by its factor's diagonal: everything transposed
+    columns: k, at most
+    """
+
+    round: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    columns: int
 
 
 def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, highest: int) -> tuple[Tensor, Tensor]:
-    """The `ColumnLoop` in plain torch."""
+    """The column loop in plain torch."""
     weight, errors = weight.clone(), torch.empty_like(weight)
     codes = torch.empty_like(weight, dtype=torch.uint8)
     for i, pivot in enumerate(factor.diagonal().tolist()):
@@ -35,13 +43,20 @@ def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor,
     return codes, errors
 
 
-def round_compensated(
-    weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = round_columns, block: int = COLUMNS
-) -> Tensor | None:
-    """Codes of `weight` [out, in] on `grid`, uint8 [out, in]; None where `gram` [in, in] has no usable factor.
+PLAIN_LOOP = ColumnLoop(round_columns, 32)  # small enough for a CPU's cache
 
-    The linears that read one input are solved as one: their rows do not touch each other. `block` columns are handed
-    to `columns` at a time.
+
+class Rounded(NamedTuple):
+    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit."""
+
+    codes: Tensor
+    unrounded: Tensor
+
+
+def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = PLAIN_LOOP) -> Rounded | None:
+    """`weight` [out, in] on `grid`; None where `gram` [in, in] has no usable factor.
+
+    The linears that read one input are solved as one: their rows do not touch each other.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     factor = _inverse_factor(gram[order][:, order])
@@ -49,13 +64,16 @@ def round_compensated(
         return None
     group = order // (weight.shape[1] // grid.scales.shape[1])
     rest, scales, zeros = (values.t()[index] for values, index in _rows(weight, grid, order, group))
-    codes = torch.empty_like(rest, dtype=torch.uint8)
+    codes, pivots = torch.empty_like(rest, dtype=torch.uint8), factor.diagonal().unsqueeze(1)
     with fast_matmul(enabled=False):
-        for start in range(0, len(order), block):
-            part, later = slice(start, start + block), slice(start + block, None)
-            codes[part], errors = columns(rest[part], factor[part, part], scales[part], zeros[part], 2**grid.bits - 1)
+        for start in range(0, len(order), columns.columns):
+            part, later = slice(start, start + columns.columns), slice(start + columns.columns, None)
+            mine = rest[part], factor[part, part], scales[part], zeros[part]
+            codes[part], errors = columns.round(*mine, 2**grid.bits - 1)
             rest[later] -= factor[part, later].t() @ errors
-    return codes[order.argsort()].t().contiguous()
+            rest[part] = errors * pivots[part] / scales[part] + codes[part]
+    back = order.argsort()
+    return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
 
 
 def _rows(weight: Tensor, grid: Affine, order: Tensor, group: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -23,6 +23,7 @@ DEFAULTS = QuantConfig()
 class Effort(StrEnum):
     FAST = "fast"
     BALANCED = "balanced"
+    MAX = "max"
 
 
 DEFAULT_EFFORT = Effort(DEFAULTS.effort)
@@ -54,7 +55,8 @@ def quantize(
     effort: Annotated[
         Effort,
         typer.Option(
-            help="fast: scale, clip, plain rounding; balanced: compensated rounding, behind what is quantized already."
+            help="fast: scale, clip, plain rounding; balanced: compensated rounding, behind what is quantized already; "
+            "max: balanced, then learned block by block, for a GPU."
         ),
     ] = DEFAULT_EFFORT,
     modules_to_not_convert: Annotated[

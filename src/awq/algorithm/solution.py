@@ -1,0 +1,152 @@
+"""Linears on their way through the steps: what is known of them, their codes, what a weight in their place costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from awq.algorithm.affine import Affine, fit_affine
+from awq.algorithm.capture import InputStats, fast_matmul
+from awq.algorithm.loss import output_error
+from awq.algorithm.moments import Moments
+from awq.config import QuantConfig
+
+
+class Linear:
+    """A linear on its way through the steps: its float32 weight is the module's own, changed in place by folds."""
+
+    def __init__(self, module: nn.Linear, stats: InputStats | None, config: QuantConfig) -> None:
+        self.module = module
+        self.stats = stats = stats or InputStats.empty(module.in_features, module.weight.device)
+        self.row_scale = torch.ones(module.out_features, device=module.weight.device)
+        self.column_scale = torch.ones(module.in_features, device=module.weight.device)
+        self.tokens = stats.tokens  # that it is given: an expert's statistics are of more
+        self.in_expert = False
+        self.usable = stats.tokens > 0 and stats.finite
+        self.scaled_by: str | None = None
+        self.power = 1.0
+        self.power = self.loss(self.weight) or 1.0
+        self._rounded = full_range(self.weight, config).round(self.weight)
+        self.loss_rounding = self.loss(self._rounded - self.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight.data
+
+    @property
+    def rounded(self) -> Tensor:
+        """What plain rounding of the unscaled weight comes to after the folds."""
+        return self._rounded / self.row_scale.unsqueeze(1) * self.column_scale
+
+    def loss(self, delta: Tensor) -> float:
+        """Output error relative to the output's power, as the unscaled model would see it."""
+        with fast_matmul():
+            return float(output_error(delta * self.row_scale.unsqueeze(1), self.stats.gram)) / self.power
+
+    def loss_of(self, weight: Tensor) -> float:
+        return self.loss(weight - self.weight)
+
+    def scale_input(self, scale: Tensor, stats: InputStats, producer: str) -> None:
+        """Note that the columns were multiplied by `scale`."""
+        self.stats, self.scaled_by = stats, producer
+        self.column_scale = self.column_scale * scale
+
+
+Linears = dict[str, Linear]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight on its grid.
+
+    target:    the weight that it stands for, float32 [out, in]
+    unrounded: what each code was rounded from, float32 [out, in], in the unit of the codes
+    """
+
+    grid: Affine
+    codes: Tensor
+    target: Tensor
+    unrounded: Tensor
+    rounding: Literal["plain", "compensated", "learned"] = "plain"
+    corrected: bool = False
+
+    @classmethod
+    def plainly(cls, weight: Tensor, grid: Affine) -> Self:
+        return cls(grid, grid.encode(weight), weight, grid.unrounded(weight))
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.grid.decode(self.codes)
+
+    @property
+    def delta(self) -> Tensor:
+        return self.weight - self.target
+
+
+class Judge:
+    """The loss of a weight in place of a linear's, on held-out text, relative to the output's power.
+
+    It holds what the linears before have left: the distance to the float model, not what rounding adds to it.
+    """
+
+    def __init__(self, name: str, linear: Linear, held_out: Moments) -> None:
+        self.name, self.linear, self.moments = name, linear, held_out
+        with fast_matmul(enabled=False):
+            self.wanted = held_out.wanted(name, linear.weight)
+
+    def __call__(self, weight: Tensor) -> float:
+        with fast_matmul(enabled=False):
+            rows = self.moments.row_losses(self.name, self.linear.weight, self.wanted, weight)
+        return float((rows * self.linear.row_scale.square()).sum()) / self.linear.power
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The linears that read one input, on their grids, and the moments that they were fitted to and are judged by.
+
+    Without moments they were rounded plainly, by the input in the float model.
+    """
+
+    linears: Linears
+    coded: dict[str, Coded]
+    fit: Moments | None = None
+    held_out: Moments | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The int4 alone, by linear."""
+        return {name: coded.weight for name, coded in self.coded.items()}
+
+    @property
+    def beats_rounding(self) -> bool:
+        """Whether no linear has a higher loss than plain rounding would leave."""
+        return all(loss <= rounding for loss, rounding in self.losses.values())
+
+    @cached_property
+    def losses(self) -> dict[str, tuple[float, float]]:
+        """By linear, what the int4 alone costs, and what plain rounding would."""
+        judges, plain = self.judges(), self.held_out is None
+        return {
+            name: (judges[name](self.coded[name].weight), one.loss_rounding if plain else judges[name](one.rounded))
+            for name, one in self.linears.items()
+        }
+
+    def judges(self) -> dict[str, Callable[[Tensor], float]]:
+        if self.held_out is None:
+            return {name: linear.loss_of for name, linear in self.linears.items()}
+        return {name: Judge(name, linear, self.held_out) for name, linear in self.linears.items()}
+
+
+def column_scales(linears: Linears) -> dict[str, Tensor]:
+    """What the linears' columns have been multiplied by in folds."""
+    return {name: linear.column_scale for name, linear in linears.items()}
+
+
+def full_range(weight: Tensor, config: QuantConfig) -> Affine:
+    """The grid of plain rounding."""
+    return fit_affine(weight, config.group_size or -1, config.bits, config.zero_point)
