@@ -44,7 +44,7 @@ ALLOWED = {
     "source": {"checkpoint", "config", "errors", "hardware"},
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
-    "effort": {"algorithm", "config", "kernels", "linears"},
+    "effort": {"algorithm", "config", "errors", "kernels", "linears"},
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
     | {"progress"}
     | {"source"}
