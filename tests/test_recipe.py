@@ -18,6 +18,7 @@ from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelNotF
 from awq.linear import QuantLinear
 from awq.load import load_dequantized, load_quantized
 from awq.recipe import quantize_folder, quantize_model, save_quantized
+from tests.efforts import every_effort
 from tests.tiny import byte_tokenizer, random_tokens, save_tiny, tiny_llama
 
 CONFIG = QuantConfig(group_size=32, outlier_ratio=0.03, effort="fast")
@@ -91,7 +92,7 @@ def test_bf16_models_keep_their_dtype(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "awq").tensor("model.norm.weight").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_quantize_folder_is_repeatable_and_knows_its_own_work(tmp_path: Path, effort: str) -> None:
     source, config = save_tiny(tmp_path / "model"), replace(CONFIG, effort=effort)
     first = quantize_folder(source, tmp_path / "a", config, **SMALL)  # type: ignore[arg-type]
@@ -217,7 +218,7 @@ def test_shared_linears_stay_float_in_each_of_their_places(share: Callable[[Any]
     assert distance(loaded, model) < 3e-3
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_a_block_that_is_run_again_and_again_is_quantized_once(effort: str) -> None:
     model = tiny_llama(num_hidden_layers=3)
     model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)

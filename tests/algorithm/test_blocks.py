@@ -6,8 +6,9 @@ from torch import nn
 
 from awq.algorithm.blocks import QuantizedLinear, find_blocks, quantize_blocks
 from awq.algorithm.capture import enter_model
-from awq.config import EFFORTS, QuantConfig
+from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
+from tests.efforts import every_effort
 from tests.tiny import random_tokens, tiny_llama
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_every_step_lowers_the_error_of_the_logits() -> None:
     assert errors[0] > 1.1 * errors[1] > 1.1 * errors[2] > 0
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_no_linear_is_worse_than_plain_rounding(effort: str) -> None:
     reports = [result.report for result in quantized(tiny_llama(), random_tokens(16, 48), effort=effort).values()]
     for report in reports:
@@ -93,7 +94,7 @@ def test_kept_channels_behind_quantized_blocks_are_paid_from_one_budget(ratio: f
     assert sum(r["loss_with_outliers"] for r in kept) < sum(r["loss"] for r in kept)
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_the_int4_under_kept_channels_is_what_it_is_without(effort: str) -> None:
     with_outliers = quantized(tiny_llama(), effort=effort)
     without = quantized(tiny_llama(), effort=effort, outlier_ratio=0)
@@ -134,7 +135,7 @@ def test_unwanted_linears_stay_float_and_the_model_still_fits_together() -> None
     assert (logits(model) - reference).norm() / reference.norm() < 0.2
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_results_do_not_depend_on_the_run(effort: str) -> None:
     first, second = (quantized(tiny_llama(), random_tokens(20, 200), effort=effort) for _ in range(2))
     for name, result in first.items():
@@ -142,7 +143,7 @@ def test_results_do_not_depend_on_the_run(effort: str) -> None:
         assert torch.equal(result.packed.scales, second[name].packed.scales)
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_are_solved_in_float32_and_come_back(dtype: torch.dtype, effort: str) -> None:
     model = tiny_llama().to(dtype)
@@ -162,7 +163,7 @@ def test_symmetric_zeros_are_eight() -> None:
     assert all((result.packed.zeros() == 8).all() for result in quantized(tiny_llama(), zero_point=False).values())
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_nan_activations_fall_back_to_plain_rounding(effort: str) -> None:
     model = tiny_llama()
     model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
@@ -203,7 +204,7 @@ class TupleModel(nn.Module):
         return hidden
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_unreached_linears_and_tuple_outputs(effort: str) -> None:
     results = quantized(TupleModel(), effort=effort)
     assert results["blocks.1.unused"].report["fallback"] == "no calibration token reached it"

@@ -16,8 +16,9 @@ from awq.algorithm.coverage import counted, every_expert
 from awq.algorithm.groups import find_structure
 from awq.algorithm.routing import recorded_routing, replayed_routing
 from awq.algorithm.siblings import Siblings
-from awq.config import EFFORTS, QuantConfig
+from awq.config import QuantConfig
 from awq.experts import split_experts
+from tests.efforts import every_effort
 from tests.tiny import VOCABULARY, random_tokens
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def test_what_is_found_in_one_expert_holds_for_those_that_the_probe_misses() -> 
     assert ("experts.2.0",) in structure.input_sets
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_an_expert_of_a_plain_list_that_no_token_reaches_is_rounded_plainly(effort: str) -> None:
     model = ListModel()
     for block in model.blocks:
@@ -128,7 +129,7 @@ def test_an_expert_of_a_plain_list_that_no_token_reaches_is_rounded_plainly(effo
     assert sum(reports[f"blocks.0.experts.{number}.0"]["tokens"] for number in range(3)) == TEXT.numel()
 
 
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_an_expert_without_tokens_of_its_own_is_calibrated_by_all(effort: str) -> None:
     model = tiny_mixtral()
     shun(model, 3)

@@ -15,14 +15,14 @@ from awq.algorithm.blocks import find_blocks
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup
 from awq.algorithm.solve import Linear
-from awq.config import EFFORTS, QuantConfig
+from awq.config import QuantConfig
 from awq.linears import shared_parameters
 from tests.algorithm.test_blocks import TOKENS, apply, logits, quantized
+from tests.efforts import every_effort
 from tests.tiny import random_tokens, tiny_llama
 
 LOSSES = ("loss_rounding", "loss", "loss_with_outliers")
 PLAIN: dict[str, Any] = {"scale": False, "clip": False, "refit": False, "effort": "fast", "outlier_ratio": 0}
-every_effort = pytest.mark.parametrize("effort", EFFORTS)
 
 
 def silent_channel(model: Any) -> None:

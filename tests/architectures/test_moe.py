@@ -13,7 +13,7 @@ import torch
 from awq.algorithm.groups import ScaleGroup, fold
 from awq.algorithm.siblings import Siblings
 from awq.calibration import CalibrationSet
-from awq.config import EFFORTS, QuantConfig
+from awq.config import QuantConfig
 from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.load import load_dequantized, load_quantized
@@ -28,6 +28,7 @@ from tests.architectures.test_architectures import (
     stored_names,
     structures,
 )
+from tests.efforts import every_effort
 
 every_mixture = pytest.mark.parametrize(
     "mixture",
@@ -87,7 +88,7 @@ def test_folding_leaves_the_logits_unchanged(mixture: Mixture) -> None:
 
 
 @every_mixture
-@pytest.mark.parametrize("effort", EFFORTS)
+@every_effort
 def test_saved_by_expert_loaded_and_run(mixture: Mixture, effort: str, tmp_path: Path) -> None:
     model = model_of(mixture.family)
     model.save_pretrained(tmp_path / "float")

@@ -6,7 +6,7 @@ output behind quantized blocks is brought closer to the float model's. Held-out 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -139,7 +139,7 @@ def _train(
     def step() -> None:
         weights = _named({name: learner.weight() for name, learner in learners.items()})
         loss = torch.stack([_distance(streams.block, *item, weights) for item in batch]).mean() / unit
-        for leaf, gradient in zip((*codes, *gains), torch.autograd.grad(loss, (*codes, *gains)), strict=True):
+        for leaf, gradient in zip((*codes, *gains), _gradients(loss, (*codes, *gains)), strict=True):
             leaf.grad = gradient
         adam.step()
         with torch.no_grad():
@@ -244,6 +244,11 @@ def _distance(block: nn.Module, call: Call, x: Tensor, target: Tensor, weights: 
 
 def _with_weights(block: nn.Module, weights: Weights, *args: object, **kwargs: object) -> object:
     return functional_call(block, weights, args, kwargs)
+
+
+def _gradients(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Zero for an expert that no token reached."""
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
 def _loss(streams: Propagation, chunks: Entering, weights: Weights) -> float:
