@@ -10,6 +10,7 @@ from awq.algorithm.affine import fit_affine
 from awq.algorithm.learn import Learned, _Batch, _Linear, _Norm, _picks, cpu_minutes, learn
 from awq.algorithm.solution import Coded
 from tests.algorithm.test_blocks import apply, quantized
+from tests.algorithm.test_propagate import output_of
 from tests.tiny import random_tokens, tiny_llama
 
 TEXT = random_tokens(147, 48)  # three chunks, and one that is held out
@@ -83,18 +84,9 @@ def test_the_loss_is_measured_behind_what_was_learned(learned: Any) -> None:
     model, results, _ = learned
     held = TEXT[torch.arange(len(TEXT)) % 7 == 6]
     apply(model, results)
-    wanted, got = (_output_of(one, name, held) for one in (tiny_llama(), model))
+    wanted, got = (output_of(one, name, held) for one in (tiny_llama(), model))
     error = (got - wanted).square().sum() / wanted.square().sum()
     assert results[name].report["loss"] == pytest.approx(float(error), rel=0.1)  # power is that of all text
-
-
-def _output_of(model: Any, name: str, tokens: Tensor) -> Tensor:
-    outputs: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda _m, _args, output: outputs.append(output))
-    with torch.no_grad():
-        model(input_ids=tokens)
-    handle.remove()
-    return outputs[0]
 
 
 def test_what_is_worse_on_held_out_text_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,12 +89,12 @@ def test_the_loss_is_the_error_of_outputs_on_held_out_text(monkeypatch: pytest.M
     for other, result in results.items():
         if "layers.0" in other:
             model.get_submodule(other).weight.data = result.packed.dequantize()
-    wanted, got = (_output_of(one, name, held) for one in (exact, model))
+    wanted, got = (output_of(one, name, held) for one in (exact, model))
     error = (got - wanted).square().sum() / wanted.square().sum()
     assert results[name].report["loss"] == pytest.approx(float(error), rel=0.1)  # power is that of all text
 
 
-def _output_of(model: Any, name: str, tokens: Tensor) -> Tensor:
+def output_of(model: Any, name: str, tokens: Tensor) -> Tensor:
     outputs: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _m, _args, output: outputs.append(output))
     with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from awq.algorithm.groups import ScaleGroup, fold
+from awq.algorithm.groups import ScaleGroup
 from awq.algorithm.siblings import Siblings
 from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
@@ -22,6 +22,7 @@ from tests.architectures.moe import FUSED_LINEARS, MIXTURES, Mixture
 from tests.architectures.test_architectures import (
     TOKENS,
     distance,
+    fold_at_random,
     linear_names,
     logits,
     model_of,
@@ -79,11 +80,7 @@ def test_the_groups_of_every_block(mixture: Mixture) -> None:
 def test_folding_leaves_the_logits_unchanged(mixture: Mixture) -> None:
     model = split_model(mixture)
     before = logits(model)
-    with torch.no_grad():
-        for block, structure in structures(model):
-            for group in structure.groups:
-                channels = group.rows(block.get_submodule(group.producer).weight).shape[:2].numel()
-                fold(block, group, torch.rand(channels) * 2 + 0.5)
+    fold_at_random(model)
     assert 0 < distance(logits(model), before) < 1e-5
 
 

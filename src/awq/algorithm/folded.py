@@ -61,7 +61,9 @@ class Folded:
     def _note(self, linears: Linears, columns: Tensor, scale: Tensor) -> None:
         shared: dict[int, InputStats] = {}
         for consumer in (linears[name] for name in self.group.consumers if name in linears):
-            stats = shared.setdefault(id(consumer.stats), consumer.stats.rescaled(columns))
-            consumer.scale_input(columns, stats, self.group.producer)
+            key = id(consumer.stats)
+            if key not in shared:
+                shared[key] = consumer.stats.rescaled(columns)
+            consumer.scale_input(columns, shared[key], self.group.producer)
         if self.group.producer in linears:
             self.group.rows(linears[self.group.producer].row_scale).mul_(scale.view(self.group.parts, -1))

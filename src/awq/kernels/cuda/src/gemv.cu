@@ -574,7 +574,7 @@ template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s
             load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
   }
 }
-// Read where they are, they made the output warp the slowest of all: 12288 x 4096 with 1 % kept took 11.0 us instead of 7.1.
+// Read where they are, they made the output warp the slowest of all: 12288 x 4096 took 11.0 us with 1 % kept, 6.8 without.
 DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lane, float (&d)[4]) {
 #if AWQ_RING
   if (p.kept_ahead) {
