@@ -57,7 +57,7 @@ constexpr int UNROLLED_SLICES = TOKENS == 64 || (TOKENS == 32 && GROUP < 128) ? 
 constexpr int GROUP_STEPS = GROUP / 16 < 4 * UNROLLED_SLICES ? GROUP / 16 : 4 * UNROLLED_SLICES;  // k16 steps under one scale
 // Too few registers to hold anything through the k walk beside its sums and scales.
 constexpr bool CROWDED = TOKENS == 64 || (GROUP < 128 && TOKENS * WARP_TILES > 32);
-constexpr int X_AHEAD = TOKENS <= 32 ? 4 : 1;        // k16 steps whose fragments of x are loaded at once
+constexpr int X_AHEAD = CROWDED ? (TOKENS == 64 ? 1 : 2) : 4;  // k16 steps whose fragments of x are loaded at once
 
 constexpr int X_SLICE = TOKENS * 128, X_BYTES = SLICES * X_SLICE, CODE_BYTES = BLOCK_TILES * SLICES * 512;
 constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES, STAGE_AFFINE = BLOCK_TILES * AFFINE_BYTES;

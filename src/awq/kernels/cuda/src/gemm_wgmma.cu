@@ -277,12 +277,10 @@ DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int first, int
     if (k_group == 0) {
       pin(a);
       start_products(acc, a, ring.data());
-    }
-    release(weights);  // not before what was loaded of them has arrived, as a product's start tells
-    if (k_group == 0) {
       wgmma_wait();
       pin(acc);
     }
+    release(weights);  // not before what was loaded of them has arrived, as the product tells
     release(ring.empty());
     ring.advance();
   }
