@@ -33,7 +33,7 @@ ALLOWED = {
     "jit": {"errors"},
     "kernels": {"jit"} | GROUND,
     "linear": {"kernels"} | GROUND,
-    "engine": {"kernels", "linear"} | GROUND,
+    "engine": {"jit", "kernels", "linear"} | GROUND,
     "linears": set(),
     "experts": {"linears"},
     "algorithm": {"config", "errors", "experts", "linears", "packing"},
