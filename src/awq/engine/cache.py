@@ -23,6 +23,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from awq.engine.graph import Graphs
 
 BUCKET = 256  # slots: the least capacity, and the least that a captured step looks at
+# Tokens that a captured prefill takes. Longer prompts keep the device busy while Python launches.
+PROMPTS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 def bucket_of(slots: int) -> int:
@@ -80,7 +82,7 @@ class KVLayer(CacheLayerMixin):
         return self.buffers[1][: self.place.batch, :, : self.length] if self.buffers else None
 
     @property
-    def is_sliding(self) -> bool:  # type: ignore[override]
+    def is_sliding(self) -> bool:
         return self.window is not None
 
     @property
@@ -161,6 +163,7 @@ class KVCache(Cache):
     slot:              int64 [1], where that step writes
     mask:              int64 [rows, capacity], 0 where a row has padding, 1 everywhere else, the future included
     first:             int64 [rows], the first slot that is no padding; `ragged` where padding lies elsewhere too
+    prompt, last:      int64 [rows, PROMPTS[-1]] and [1]: what a captured prefill reads, and where its prompt ends
     """
 
     def __init__(self, windows: Sequence[int | None], batch: int, capacity: int, device: torch.device) -> None:
@@ -179,6 +182,8 @@ class KVCache(Cache):
             self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
             self.mask = torch.ones(rows, capacity, dtype=torch.int64, device=device)
             self.first = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.prompt = torch.zeros(rows, PROMPTS[-1], dtype=torch.int64, device=device)
+            self.last = torch.zeros(1, dtype=torch.int64, device=device)
 
     @property
     def slot(self) -> Tensor:
@@ -249,6 +254,13 @@ class KVCache(Cache):
 
     def next_positions(self) -> Tensor:
         return self.positions[..., : self.batch, :]
+
+    def set_prompt(self, tokens: Tensor) -> int:
+        """Lay down a prompt [batch, tokens] without padding; how many columns its captured prefill reads."""
+        length = tokens.shape[1]
+        self.prompt[: len(tokens), :length] = tokens
+        self.last.fill_(length - 1)
+        return next(size for size in PROMPTS if size >= length)
 
     def set_padding(self, mask: Tensor | None) -> None:
         """mask [batch, tokens] as generate takes it, or None: nothing is padding."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from awq.engine.cache import BUCKET, KVCache, windows_of
-from awq.engine.forward import ModelStep, positions_taken
+from awq.engine.forward import ModelStep, positions_taken, prompt_logits
 from awq.engine.loop import Way
 from awq.engine.step import BUILDERS, Step
 
@@ -27,6 +27,7 @@ class Ways:
     """The ways that hold, the fastest first, and why; none: transformers' own loop.
 
     windows: per layer, for the cache; slot_bytes: what one token of one row takes in all layers
+    padded_prompts: whether padding behind a prompt changes nothing, so that one graph serves many lengths
     """
 
     ways: list[Way] = field(default_factory=list)
@@ -34,6 +35,8 @@ class Ways:
     refused: dict[str, str] = field(default_factory=dict)
     windows: list[int | None] = field(default_factory=list)
     slot_bytes: int = 0
+    vocabulary: int = 0
+    padded_prompts: bool = False
 
     def way(self, batch: int, ragged: bool = False) -> Way | None:
         """The first that takes so many rows; `ragged`: with padding between tokens, which only tier 1 does."""
@@ -51,13 +54,14 @@ def choose(model: Any) -> Ways:
     own = ModelStep(model)
     if reason := probe.difference(Way(own, captured=False)):
         return Ways(reason=f"a static cache: {reason}")
-    found.slot_bytes = probe.slot_bytes
+    found.slot_bytes, found.vocabulary = probe.slot_bytes, probe.vocabulary
     plain = probe.cannot_capture()
     for step in [] if plain else _steps(model, found.refused, own):
         if reason := probe.difference(Way(step, captured=True)):
             found.refused[step.how] = reason
         else:
             found.ways.append(Way(step, captured=True))
+    found.padded_prompts = bool(found.ways) and probe.padding_is_harmless()
     if not found.ways:
         plain = plain or found.refused[own.how]
         found.ways.append(Way(own, captured=False))
@@ -88,7 +92,7 @@ class Probe:
         mask[0, :3] = 0
         self.tokens, self.mask = tokens.to(self.device), mask.to(self.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.slot_bytes = 0
+        self.slot_bytes = self.vocabulary = 0
         self.truth: Tensor | None = None
 
     def cannot_capture(self) -> str | None:
@@ -109,7 +113,24 @@ class Probe:
                 logits = self._logits(way)
         except _CANNOT as error:
             return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        off = ((logits - self.truth).norm() / self.truth.norm()).item()
+        return self._compare(logits, self.truth)
+
+    def padding_is_harmless(self) -> bool:
+        """Whether the second row's prompt, with as many tokens behind it, has the logits that it has alone."""
+        tokens = torch.cat([self.tokens[1:, :_PROMPT], self.tokens[:1, :_PROMPT]], dim=1)
+        cache = KVCache(self.windows, 1, BUCKET, self.device)
+        cache.last.fill_(_PROMPT - 1)
+        try:
+            with torch.inference_mode():
+                logits = prompt_logits(self.model, tokens, cache.last, cache)
+        except _CANNOT:
+            return False
+        assert self.truth is not None
+        return self._compare(logits.float(), self.truth[0, 1:]) is None
+
+    def _compare(self, logits: Tensor, truth: Tensor) -> str | None:
+        self.vocabulary = truth.shape[-1]
+        off = ((logits - truth).norm() / truth.norm()).item()
         tolerance = _TOLERANCE.get(self.model.dtype, 1e-3)
         return None if off <= tolerance else f"its logits differ by {off:.2g} from the model's own"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from awq.engine.cache import KVCache
@@ -31,6 +32,21 @@ class ModelStep:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def prompt_logits(model: Any, tokens: Tensor, last: Tensor, cache: KVCache) -> Tensor:
+    """tokens [batch, columns] into the empty cache -> logits [batch, vocabulary] of column `last`, int64 [1].
+
+    The columns after it hold anything: attention is causal, and their keys and values are overwritten before they are
+    seen. Padding on this side needs no mask, with which attention is slower.
+    """
+    count = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    more = {"position_ids": count} if positions_taken(model) else {}
+    output = model(
+        input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last, return_dict=True, **more
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
 
 
 def positions_taken(model: Any) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.engine.cache import KVCache, bucket_of
-from awq.engine.query import Query
+from awq.engine.cache import PROMPTS, KVCache, bucket_of
+from awq.engine.forward import prompt_logits
+from awq.engine.query import PLAIN_ARGUMENTS, Query
 from awq.engine.sample import Sampler
 from awq.engine.step import Step
 
@@ -33,10 +34,13 @@ class Way:
 class Run:
     """A query on its way. The cache is empty, or holds the conversation so far."""
 
-    def __init__(self, model: Any, way: Way, cache: KVCache, sampler: Sampler, query: Query) -> None:
+    def __init__(
+        self, model: Any, way: Way, cache: KVCache, sampler: Sampler, query: Query, padded_prompts: bool = False
+    ) -> None:
         self.model, self.way, self.cache, self.sampler, self.query = model, way, cache, sampler, query
         self.batch, self.prompt = query.tokens.shape
-        self.length = 0  # tokens in the cache once all that was enqueued has run
+        self.length = self.past = 0  # tokens in the cache: once all that was enqueued has run, and before the answer
+        self.padded_prompts = padded_prompts
         self.ahead = AHEAD if way.captured and not query.at_once else 0
 
     def answer(self) -> Tensor:
@@ -82,17 +86,46 @@ class Run:
             yield _arrived(waiting.popleft())
 
     def _prefill(self) -> None:
-        """The prompt through the model's own forward into the cache, as transformers does it, and the first token."""
+        """The prompt into the cache, and the first token."""
         query, cache = self.query, self.cache
+        if self._captured_prompt():
+            columns = cache.set_prompt(query.tokens)
+            cache.set_padding(None)
+            cache.set_positions(cache.last[None] + 1, self.batch)
+            self._begin(self.prompt)
+            key = ("prompt", self.batch, columns, cache.capacity, id(self.sampler), query.sampling.form)
+            cache.graphs.run(key, lambda: self._read_prompt(columns))
+            cache.set_length(self.prompt)
+            return
         arguments = query.arguments | {"past_key_values": cache}
         output = self.model._prefill(query.tokens, query.config, arguments)
         arguments = self.model._update_model_kwargs_for_generation(output, arguments)
         cache.set_padding(arguments.get("attention_mask"))
         cache.set_positions(arguments.get("position_ids"), self.batch)
-        self.length = self.past = cache.get_seq_length()
-        cache.slot.fill_(self.length)
-        self.sampler.start(query.sampling, query.tokens)
+        self._begin(cache.get_seq_length())
         self._choose(output.logits[:, -1])
+
+    def _captured_prompt(self) -> bool:
+        """Whether the prompt is of a kind that graphs are recorded for: not too long, nothing but text, no padding."""
+        query = self.query
+        mask, positions = query.arguments.get("attention_mask"), query.arguments.get("position_ids")
+        others = {name for name, value in query.arguments.items() if value is not None} - PLAIN_ARGUMENTS
+        if not (self.way.captured and self.padded_prompts) or others or query.cache is not None:
+            return False
+        if self.prompt > PROMPTS[-1] or query.config.prefill_chunk_size is not None:
+            return False
+        counted = torch.arange(self.prompt, device=query.tokens.device)
+        as_counted = positions is None or (positions.shape[-1] == self.prompt and bool((positions == counted).all()))
+        return as_counted and (mask is None or bool(mask.all()))
+
+    def _read_prompt(self, columns: int) -> None:
+        cache = self.cache
+        self._choose(prompt_logits(self.model, cache.prompt[: self.batch, :columns], cache.last, cache))
+
+    def _begin(self, length: int) -> None:
+        self.length = self.past = length
+        self.cache.slot.fill_(length)
+        self.sampler.start(self.query.sampling, self.query.tokens)
 
     def _decode(self) -> None:
         cache, step = self.cache, self.way.step

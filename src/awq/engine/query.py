@@ -15,7 +15,7 @@ from awq.engine.cache import KVCache
 from awq.engine.sample import Sampling
 
 # What `generate` hands to its loop. The inputs of images and such go through the prefill only.
-_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _ON_HOST = (hf.StopStringCriteria, hf.MaxTimeCriteria)
 
@@ -96,7 +96,7 @@ def _unusual(tokens: Tensor, config: GenerationConfig, arguments: Mapping[str, A
         return "use_cache=False" if config.use_cache is False else "assisting another model"
     if tokens.ndim != 2 or not tokens.shape[1]:
         return "a prompt that is not tokens"
-    once = _KNOWN | set(getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
+    once = PLAIN_ARGUMENTS | set(getattr(utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
     if unknown := sorted(name for name, value in arguments.items() if name not in once and value is not None):
         return f"the argument {unknown[0]}"
     cache = arguments.get("past_key_values")

@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 from transformers.generation import logits_process as hf
 
 # In the order in which transformers applies them.
@@ -50,7 +49,7 @@ class Sampling:
     min_p: float = 0.0
 
     @classmethod
-    def read(cls, processors: Iterable[LogitsProcessor], sampled: bool, prompt_tokens: int) -> Self | str:
+    def read(cls, processors: Iterable[Any], sampled: bool, prompt_tokens: int) -> Self | str:
         """The settings that `processors` stand for, or what is in the way."""
         found: dict[str, Any] = {}
         last = -1

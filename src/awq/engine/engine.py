@@ -1,33 +1,25 @@
-"""Where the engine meets transformers: `generate` stays transformers' own, and its loop becomes the engine's.
-
-`generate` prepares a query (defaults, processors, criteria, masks, sequences to return) and calls the model's `_sample`
-for greedy and sampled ones. That method is replaced by a subclass made for the model's class; what the engine does not
-cover goes on to the method it replaces.
-"""
+"""`Engine`: what a model generates with, and the buffers for it, kept from one query to the next."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.engine.cache import KVCache, bucket_of
 from awq.engine.choose import Ways, choose
 from awq.engine.loop import Run
 from awq.engine.memory import check_memory, out_of_memory
-from awq.engine.query import Query, read_query
+from awq.engine.query import Query
 from awq.engine.sample import Sampler
 from awq.errors import ConfigError
 
 _FIRST_TOKENS = 2048  # new tokens that a cache has room for at first; it grows when there are more
-_engines: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()
 
 
 class Engine:
@@ -84,7 +76,7 @@ class Engine:
                 cache = self._cache_for(query)
                 way = self.ways.way(query.tokens.shape[0])
                 assert way is not None
-                run = Run(self._model(), way, cache, self._sampler_for(query), query)
+                run = Run(self._model(), way, cache, self._sampler_for(query), query, self.ways.padded_prompts)
                 new = run.answer()
         except torch.OutOfMemoryError as error:
             self._cache = self._sampler = None
@@ -135,84 +127,10 @@ class Engine:
     def _sampler_for(self, query: Query) -> Sampler:
         rows, device = query.tokens.shape[0], self._device()
         if self._sampler is None or self._sampler.rows < rows or self._sampler.device != device:
-            model: Any = self._model()
-            self._sampler = Sampler(rows, model.get_output_embeddings().weight.shape[0], device)
+            self._sampler = Sampler(rows, self.ways.vocabulary, device)
         return self._sampler
 
     def _device(self) -> torch.device:
         model: Any = self._model()
         device: torch.device = model.get_input_embeddings().weight.device
         return device
-
-
-class Engined:
-    """Mixed into the class of a model: the loop of `generate`, and `engine`."""
-
-    @property
-    def engine(self) -> Engine:
-        return engine_of(self)
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **arguments: Any,
-    ) -> Any:
-        engine = self.engine
-        with engine.turn() as mine:
-            query: Query | str = "a query inside of another"
-            if mine:
-                query = read_query(
-                    input_ids, logits_processor, stopping_criteria, generation_config, streamer, arguments
-                )
-            if synced_gpus:
-                query = "synced_gpus"
-            if not isinstance(query, str) and engine.ways.way(len(input_ids)) is None:
-                query = engine.reason
-            if not isinstance(query, str):
-                engine.last = ""
-                return engine.take(query)
-            engine.last = query
-        return super()._sample(  # type: ignore[misc]
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **arguments,
-        )
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *others: Any) -> Any:
-        """Marks a cache that nobody but `generate` holds: the engine may take its place."""
-        given = model_kwargs.get("past_key_values")
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *others)  # type: ignore[misc]
-        made = model_kwargs.get("past_key_values")
-        if given is None and made is not None and generation_config.cache_implementation in (None, "dynamic"):
-            made.made_by_generate = True
-        return result
-
-
-def attach(model: Any, max_seq_len: int | None = None) -> Any:
-    """Let `model.generate` run through the engine; the same model, whose class has `engine` now."""
-    if not isinstance(model, Engined):
-        model.__class__ = _engined(type(model))
-    engine_of(model).max_seq_len = max_seq_len
-    return model
-
-
-def engine_of(model: Any) -> Engine:
-    """The engine of a model, made when it is first asked for. Both are freed together."""
-    if model not in _engines:
-        _engines[model] = Engine(model)
-    return _engines[model]
-
-
-@lru_cache(None)
-def _engined(model_class: Hashable) -> Any:
-    assert isinstance(model_class, type)
-    return type(model_class.__name__, (Engined, model_class), {"__module__": model_class.__module__})
