@@ -16,6 +16,7 @@ from awq.engine.sample import Sampling
 
 # What `generate` hands to its loop. The inputs of images and such go through the prefill only.
 PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict"}
+_FOR_CRITERIA = {"tokenizer"}
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 _ON_HOST = (hf.StopStringCriteria, hf.MaxTimeCriteria)
 
@@ -63,6 +64,7 @@ def read_query(
     arguments: Mapping[str, Any],
 ) -> Query | str:
     """The query, or what in it the engine does not do."""
+    arguments = {name: value for name, value in arguments.items() if name not in _FOR_CRITERIA}
     if reason := _unusual(tokens, config, arguments):
         return reason
     sampling = Sampling.read(processors, bool(config.do_sample), tokens.shape[1])

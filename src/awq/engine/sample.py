@@ -60,10 +60,11 @@ class Sampling:
                 return f"the logits processor {kind.__name__}"
             last = place
             name, attribute = _PLACED[kind]
-            if name:
-                found[name] = max(found.get(name, 0), _value(processor, attribute, prompt_tokens))
             if name == "min_new":
                 found["ends"] = tuple(processor.eos_token_id.tolist())
+                found[name] = max(found.get(name, 0), _value(processor, attribute, prompt_tokens))
+            elif name:
+                found[name] = _value(processor, attribute, prompt_tokens)
         return cls(sampled, **found)
 
     @property
