@@ -49,7 +49,7 @@ ALLOWED = {
     | {"progress"}
     | {"source"}
     | GROUND,
-    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
+    "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
+from awq.engine import attach
 from awq.errors import CheckpointError
 from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
@@ -30,6 +31,7 @@ def load_quantized(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     outliers: bool = True,
+    max_seq_len: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -38,6 +40,7 @@ def load_quantized(
     version: "GEMM" or "GEMV" pins that kernel version for every call; None or "auto" chooses per call.
     kernel:  one backend by name, for tests and bug reports ("reference" computes in float32).
     dtype:   of activations; by default the checkpoint's on a GPU, bfloat16 on a CPU, where int4 is fast only in it.
+    max_seq_len: tokens of prompt and answer at most; None: what memory allows.
     Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
     """
     target = pick_device(device)
@@ -57,7 +60,7 @@ def load_quantized(
         layer.prepare(version=version, kernel=kernel, dtype=dtype)
         return layer
 
-    return _assemble(checkpoint, quant_linear, dtype, trust_remote_code).to(target)
+    return attach(_assemble(checkpoint, quant_linear, dtype, trust_remote_code).to(target), max_seq_len)
 
 
 def load_dequantized(

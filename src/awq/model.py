@@ -13,6 +13,7 @@ from torch import nn
 from awq.calibration import load_calibration
 from awq.checkpoint.convert import convert_checkpoint
 from awq.config import QuantConfig
+from awq.engine import Engine, attach, engine_of
 from awq.errors import AwqError, ConfigError
 from awq.load import load_quantized
 from awq.recipe import check_model, quantize_model, save_quantized
@@ -77,12 +78,23 @@ class AwqModel(nn.Module):
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
 
+    @property
+    def engine(self) -> Engine:
+        """How it generates: `tier`, `reason`, and both in one line as text."""
+        return engine_of(self.model)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate` of the inner model, under `torch.inference_mode`."""
-        with torch.inference_mode():
+    def generate(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate` of the inner model, under `torch.inference_mode`; its loop is the engine's.
+
+        seed: of the tokens that are sampled; torch's own random state stays as it is then. None goes on with that.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             return self.model.generate(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -142,6 +154,7 @@ class AwqModel(nn.Module):
         self.tokenizer = tokenizer
         self.quant_config = QuantConfig.from_dict(self.report["recipe"]["config"])
         self.is_quantized = True
+        attach(self.model)
 
     def pack(self) -> None:
         """Nothing to do: quantize() packs as it goes. Kept for scripts that quantized with export_compatible=True."""
