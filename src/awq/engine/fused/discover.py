@@ -7,7 +7,6 @@ accepted only if the rest of the layer, as the fused step would compute it, give
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +73,13 @@ def _plan(model: Any, seen: Observed) -> Plan:
         if index == 0:
             embedding_factor = finder.factor(start, torch.zeros_like(start), embedding[seen.tokens], "the embedding")
         layers.append(layer)
-    if len(last.calls) != 1 or last.modules[0] is not model.get_output_embeddings():
-        raise Other("the last of its linears is not its head alone")
+    head = model.get_output_embeddings()
+    if last.modules != (head,) or not isinstance(head, nn.Linear):
+        raise Other("the last of its linears is not its head alone, a float linear")
     norm, before = finder.norm(last.input)
     finder.check(before, stream, "the input of its last norm")
     head_factor = finder.factor(seen.logits, torch.zeros_like(seen.logits), last.output, "its logits")
-    return Plan(embedding, embedding_factor, tuple(layers), norm, last.modules[0], head_factor)
+    return Plan(embedding, embedding_factor, tuple(layers), norm, head, head_factor)
 
 
 def _sets(calls: list[LinearCall]) -> list[Set]:
@@ -149,9 +149,8 @@ class _Finder:
     def norm(self, output: Tensor) -> tuple[Norm, Tensor]:
         """The RMSNorm that gave `output`, and what it read."""
         for call in reversed(self.seen.norms):
-            if call.width == output.shape[-1] and _rows(call.output).shape == output.shape:
-                if torch.equal(_rows(call.output), output):
-                    return self.rms_norm(call), _rows(call.input)
+            if _rows(call.output).shape == output.shape and torch.equal(_rows(call.output), output):
+                return self.rms_norm(call), _rows(call.input)
         raise Other("what its projections read does not come straight from a norm with one weight")
 
     def rms_norm(self, call: NormCall) -> Norm:
@@ -196,9 +195,3 @@ class _Finder:
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
-
-
-def modules_of(plan: Plan) -> Iterator[nn.Module]:
-    """Every linear of the plan but the head."""
-    for layer in plan.layers:
-        yield from (*layer.qkv, layer.output, *layer.gate_up, layer.down)

@@ -46,7 +46,7 @@ def find_heads(
     value_at = next((at for at in places if close(_part(qkv, at, call.value), call.value, tolerance)), None)
     if value_at is None:
         return "its values do not come straight from a projection"
-    norms = [norm for norm in _norms(seen, after, call.order, size)]
+    norms = list(_norms(seen, after, call.order, size))
     for rope in (*(each for each in ropes if each[0].rotary <= size), None):
         key = _find(qkv, call.key, rope, norms, tolerance, {value_at})
         query = key and _find(qkv, call.query, rope, norms, tolerance, {value_at, key[0]})
@@ -73,15 +73,17 @@ def _places(qkv: Tensor, width: int, size: int) -> range:
 def _part(qkv: Tensor, at: int, like: Tensor) -> Tensor:
     """Channels from `at` on as [heads, tokens, head_dim]."""
     heads, _, size = like.shape
-    return qkv[:, at : at + heads * size].unflatten(-1, (heads, size)).transpose(0, 1)
+    part: Tensor = qkv[:, at : at + heads * size].unflatten(-1, (heads, size)).transpose(0, 1)
+    return part
 
 
 def _norms(seen: Observed, after: int, before: int, size: int) -> Iterator[Norm]:
     """RMSNorms of one head, called between the projection and attention."""
     for call in seen.norms:
-        if after < call.order < before and call.width == size:
-            if norm := as_rms_norm(call.module, size, call.input.device):
-                yield norm
+        if not (after < call.order < before and call.width == size):
+            continue
+        if norm := as_rms_norm(call.module, size, call.input.device):
+            yield norm
 
 
 def ropes_of(seen: Observed) -> list[tuple[Rope, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a decoder is made of, as far as a fused step needs to know: found by `discover`, run by `reference` and `step`."""
+"""What a decoder is made of, as far as a fused step must know: found by `discover`, run by `reference` and `step`."""
 
 from __future__ import annotations
 
@@ -64,9 +64,12 @@ class Rope:
         x = torch.zeros(1, 1, 1, device=positions.device)
         given = {"x": x, "positions": positions.unsqueeze(0)}
         args, kwargs = self.arguments
-        fill = lambda value: given[value.name] if isinstance(value, Given) else value  # noqa: E731
+
+        def fill(value: Any) -> Any:
+            return given[value.name] if isinstance(value, Given) else value
+
         with torch.no_grad():
-            outputs = module(*map(fill, args), **{name: fill(value) for name, value in kwargs.items()})
+            outputs: tuple[Tensor, Tensor] = module(*map(fill, args), **{name: fill(kwargs[name]) for name in kwargs})
         return torch.stack([halved(output[0].float(), self.every_other) for output in outputs], -1)
 
 
@@ -95,9 +98,9 @@ def turn(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """heads: of queries; query_at, key_at, value_at: the channel of the projection at which each begins, head after head.
+    """query_at, key_at, value_at: the channel of the projection at which each begins, head after head.
 
-    scale: of the scores
+    heads: of queries; scale: of the scores
     """
 
     heads: int
@@ -137,5 +140,5 @@ class Plan:
     embedding_factor: float
     layers: tuple[Layer, ...]
     norm: Norm
-    head: nn.Module
+    head: nn.Linear
     head_factor: float

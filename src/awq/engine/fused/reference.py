@@ -44,8 +44,7 @@ class ReferenceStep:
         angles = None if table is None else table[positions].unsqueeze(1)
         query, key, value = split(heads, qkv)
         query, key = (
-            turned(t, norm, angles, heads.rope)
-            for t, norm in ((query, heads.query_norm), (key, heads.key_norm))
+            turned(t, norm, angles, heads.rope) for t, norm in ((query, heads.query_norm), (key, heads.key_norm))
         )
         keys, values = cache.keys(index), cache.values(index)
         slot, window = int(cache.slot), cache.windows[index]
@@ -54,7 +53,9 @@ class ReferenceStep:
         seen = at >= cache.first.unsqueeze(1)
         if window is not None:
             seen &= at > slot - window
-        y = attend(query.unsqueeze(2), keys[:, :, : slot + 1], values[:, :, : slot + 1], heads.scale, seen[:, None, None])
+        y = attend(
+            query.unsqueeze(2), keys[:, :, : slot + 1], values[:, :, : slot + 1], heads.scale, seen[:, None, None]
+        )
         return y.flatten(1)
 
     def _table(self, rope: Rope | None, count: int) -> Tensor | None:

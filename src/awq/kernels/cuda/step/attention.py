@@ -84,12 +84,10 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
     sizes = (heads.query_at, heads.key_at, heads.value_at, batch, heads.key_heads, group, parts)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
-    weights = [norm and norm.weight for norm in norms]
+    weights = [norm.weight if norm else None for norm in norms]
     epsilons = [norm.epsilon if norm else 0.0 for norm in norms]
 
-    def bind(
-        keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None
-    ) -> Launch:
+    def bind(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None) -> Launch:
         places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position)
         last = (keys.shape[2], window or 0, rotary, int(heads.interleaved))
         return launch.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)

@@ -1,8 +1,8 @@
-"""The two ends of a decode step: tokens to the residual stream (src/step_embed.cu), and that to logits (step_head.cu)."""
+"""The two ends of a decode step: tokens to residual stream (src/step_embed.cu), and that to logits (step_head.cu)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import Struct
 
@@ -16,20 +16,23 @@ MAX_ROWS = 8
 _EMBED, _HEAD = SOURCES / "step_embed.cu", SOURCES / "step_head.cu"
 _EMBED_THREADS, _HEAD_THREADS = 128, 512
 _EMBED_PARAMS = Struct("<3Q2if4x")  # table, tokens, x; width, blocks, factor
-_HEAD_PARAMS = Struct("<6Q4i2f")  # weight, scales, bias, x, norm, logits; vocabulary, width, batch, parts; epsilon, factor
+_HEAD_PARAMS = Struct(
+    "<6Q4i2f"
+)  # weight, scales, bias, x, norm, logits; vocabulary, width, batch, parts; epsilon, factor
 
 
-def embed(table: Tensor, tokens: Tensor, stream: Tensor, factor: float) -> Launch:
-    """stream = factor * table[tokens], the first of a step: see `Launch`.
+def embed(table: Tensor, stream: Tensor, factor: float) -> Callable[[Tensor], Launch]:
+    """bind(tokens) makes the launch of stream = factor * table[tokens], the first of a step: see `Launch`.
 
-    table: [vocabulary, width] float16 or bfloat16, 8 dividing width; tokens int64 [batch]; stream float32 [batch, width]
+    table: [vocabulary, width] float16 or bfloat16, 8 dividing width; stream: float32 [batch, width]
+    tokens: int64 [batch]
     """
     batch, width = stream.shape
     blocks = -(-width // (8 * _EMBED_THREADS))
     defines = {"AWQ_BF16": int(table.dtype is torch.bfloat16)}
     device = stream.get_device()
     launch = Launch(_EMBED, "embed", defines, batch * blocks, _EMBED_THREADS, 0, _EMBED_PARAMS, device)
-    return launch.bind(table, tokens, stream, width, blocks, factor)
+    return lambda tokens: launch.bind(table, tokens, stream, width, blocks, factor)
 
 
 def head(

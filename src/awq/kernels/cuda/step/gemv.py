@@ -1,4 +1,4 @@
-"""The GEMV with a norm before it and the residual stream or a gate behind it, for one row: src/gemv.cu, NORM and OUTPUT.
+"""The GEMV with a norm before it and the residual stream or a gate behind it: src/gemv.cu, NORM and OUTPUT, one row.
 
 What is called the stream is the residual stream in float32, [1, width].
 """

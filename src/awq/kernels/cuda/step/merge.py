@@ -39,9 +39,13 @@ def _obstacle(weights: Sequence[Weights], specs: Sequence[LinearSpec]) -> str | 
     if any(spec.out_features % TILE_ROWS for spec in specs[:-1]):
         return f"a linear beside others has a number of outputs that {TILE_ROWS} does not divide"
     first, *others = (each.get("cuda_index") for each in weights)
-    if not all(first is other or (None not in (first, other) and torch.equal(first, other)) for other in others):
+    if not all(_same(first, other) for other in others):
         return "linears that read one input keep several sets of outlier channels"
     return None
+
+
+def _same(first: Tensor | None, other: Tensor | None) -> bool:
+    return first is other or (first is not None and other is not None and torch.equal(first, other))
 
 
 def _joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
