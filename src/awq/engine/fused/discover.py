@@ -64,7 +64,7 @@ def _plan(model: Any, seen: Observed) -> Plan:
     *sets, last = _sets(seen.linears)
     if len(sets) != 4 * len(seen.attentions):
         raise Other("its layers have other linears than query, key and value, output, gate and up, down")
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight.detach()
     stream = embedding[seen.tokens]
     finder = _Finder(seen, ropes_of(seen), TOLERANCE.get(seen.logits.dtype, 1e-4))
     layers, embedding_factor = [], 1.0

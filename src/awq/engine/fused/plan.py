@@ -53,7 +53,7 @@ class Rope:
         at = torch.arange(count, device=device)
         whole = self._angles(module, at)
         # Some scale by the longest position so far: those rows must come one by one.
-        looks = sorted({0, count // 7, count // 2, 3 * count // 4, count - 1})
+        looks = {min(2**i, count - 1) for i in range(count.bit_length())}
         alike = all(torch.equal(self._angles(module, at[i : i + 1])[0], whole[i]) for i in looks)
         if alike:
             return whole
