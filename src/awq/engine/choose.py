@@ -51,8 +51,11 @@ def choose(model: Any) -> Ways:
         return Ways(reason=windows)
     probe = Probe(model, windows)
     found = Ways(windows=windows)
-    own = ModelStep(model)
-    if reason := probe.difference(Way(own, captured=False)):
+    for own in (ModelStep(model), ModelStep(model, grouped=False)):
+        reason = probe.difference(Way(own, captured=False))
+        if reason is None:
+            break
+    else:
         return Ways(reason=f"a static cache: {reason}")
     found.slot_bytes, found.vocabulary = probe.slot_bytes, probe.vocabulary
     plain = probe.cannot_capture()
