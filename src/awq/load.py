@@ -32,6 +32,7 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     outliers: bool = True,
     max_seq_len: int | None = None,
+    head: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -41,6 +42,7 @@ def load_quantized(
     kernel:  one backend by name, for tests and bug reports ("reference" computes in float32).
     dtype:   of activations; by default the checkpoint's on a GPU, bfloat16 on a CPU, where int4 is fast only in it.
     max_seq_len: tokens of prompt and answer at most; None: what memory allows.
+    head: "int8" rounds a float output head to 8 bits, half the bytes; None and "float" leave it.
     Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
     """
     target = pick_device(device)
