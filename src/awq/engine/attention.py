@@ -24,14 +24,14 @@ _added: Any = WeakTensorKeyDictionary()  # masks of True and False, as what is a
 def one_token_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
-    """query [batch, heads, 1, head_dim], key and value [batch, kv_heads, slots, head_dim] -> [batch, 1, heads, head_dim].
+    """query [batch, heads, 1, width], key and value [batch, kv_heads, slots, width] -> [batch, 1, heads, width].
 
     Anything else goes to transformers' own function, whose arguments these are.
     """
     batch, heads, tokens, width = query.shape
     known = more.get("position_bias") is None and not more.get("dropout")
     if tokens != 1 or not known or (attention_mask is not None and attention_mask.shape[1] != 1):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[return-value]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     if attention_mask is not None and attention_mask.dtype == torch.bool and query.is_cuda:
         attention_mask = _as_added(attention_mask, query.dtype)
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], width)

@@ -54,6 +54,15 @@ def prompt_logits(model: Any, tokens: Tensor, last: Tensor, cache: KVCache) -> T
     return logits
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the model takes its tokens."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":  # its weight is elsewhere between forwards
+        return torch.device(embedding._hf_hook.execution_device)
+    return device
+
+
 def positions_taken(model: Any) -> bool:
     """Whether the forward has an argument position_ids."""
     code = type(model).forward

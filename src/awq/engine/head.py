@@ -1,7 +1,7 @@
 """An int8 output head: a step reads half the bytes of the one large matrix that quantization leaves float.
 
-Symmetric, a scale an output channel, rounded to nearest. torch's own int8 product takes a few rows; more rows dequantize
-parts of the weight, each of which serves all of them.
+Symmetric, a scale an output channel, rounded to nearest. torch's own int8 product takes a few rows; for more, parts of
+the weight are dequantized, each of which serves all of them.
 """
 
 from __future__ import annotations
