@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from awq.engine import attach
-from awq.engine.forward import ModelStep
 from awq.engine.loop import Way
 
 WAYS = ("plain", "stepping")
@@ -17,6 +16,6 @@ def engined(model: Any, way: str) -> Any:
     ways = model.engine.ways
     assert model.engine.tier == 1, model.engine
     if way == "stepping":
-        ways.ways = [Way(ModelStep(model), captured=True)]
+        ways.ways = [Way(ways.ways[0].step, captured=True)]
         ways.padded_prompts = True
     return model

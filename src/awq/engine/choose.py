@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from awq.engine.cache import BUCKET, KVCache, windows_of
-from awq.engine.forward import ModelStep, positions_taken, prompt_logits
+from awq.engine.forward import ModelStep, device_of, positions_taken, prompt_logits
 from awq.engine.loop import Way
 from awq.engine.step import BUILDERS, Step
 
@@ -51,8 +51,11 @@ def choose(model: Any) -> Ways:
         return Ways(reason=windows)
     probe = Probe(model, windows)
     found = Ways(windows=windows)
-    own = ModelStep(model)
-    if reason := probe.difference(Way(own, captured=False)):
+    for own in (ModelStep(model), ModelStep(model, grouped=False)):
+        reason = probe.difference(Way(own, captured=False))
+        if reason is None:
+            break
+    else:
         return Ways(reason=f"a static cache: {reason}")
     found.slot_bytes, found.vocabulary = probe.slot_bytes, probe.vocabulary
     plain = probe.cannot_capture()
@@ -84,7 +87,7 @@ class Probe:
 
     def __init__(self, model: Any, windows: list[int | None]) -> None:
         self.model, self.windows = model, windows
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         tokens = torch.randint(vocabulary, (2, _PROMPT + _STEPS), generator=generator)

@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from awq.engine.cache import KVCache, bucket_of
 from awq.engine.choose import Ways, choose
+from awq.engine.forward import device_of
 from awq.engine.loop import Run
 from awq.engine.memory import check_memory, out_of_memory
 from awq.engine.query import Query
@@ -131,6 +132,4 @@ class Engine:
         return self._sampler
 
     def _device(self) -> torch.device:
-        model: Any = self._model()
-        device: torch.device = model.get_input_embeddings().weight.device
-        return device
+        return device_of(self._model())

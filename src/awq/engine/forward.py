@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awq.engine.attention import one_token
 from awq.engine.cache import KVCache
 
 
 class ModelStep:
-    """Whatever architecture it is. The model is held weakly: it must not outlive its owner's last reference."""
+    """Whatever architecture it is. The model is held weakly: it must not outlive its owner's last reference.
+
+    grouped: with `one_token` attention, where the model lets its attention be chosen
+    """
 
     tier, max_batch = 1, None
 
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: Any, grouped: bool = True) -> None:
+        self._model, self._grouped = weakref.ref(model), grouped
         self.how = "the model's own forward"
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
@@ -27,9 +31,10 @@ class ModelStep:
         if cache.padded or stepping:
             mask = cache.mask[: len(tokens), : cache.bucket if stepping else cache.get_seq_length() + 1]
         inputs = {"position_ids": positions} if positions_taken(model) else {}
-        output = model(
-            input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **inputs
-        )
+        with one_token(model.config.get_text_config(decoder=True), self._grouped):
+            output = model(
+                input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **inputs
+            )
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -47,6 +52,15 @@ def prompt_logits(model: Any, tokens: Tensor, last: Tensor, cache: KVCache) -> T
     )
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model takes its tokens."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":  # its weight is elsewhere between forwards
+        return torch.device(embedding._hf_hook.execution_device)
+    return device
 
 
 def positions_taken(model: Any) -> bool:

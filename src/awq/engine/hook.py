@@ -10,9 +10,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from awq.engine.engine import Engine
+from awq.engine.forward import device_of
 from awq.engine.query import Query, read_query
 
 _classes: dict[type, type] = {}
@@ -25,6 +27,12 @@ class Engined:
     @property
     def engine(self) -> Engine:
         return engine_of(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its tokens, also where its weights lie elsewhere between forwards."""
+        found: torch.device = super().device  # type: ignore[misc]
+        return device_of(self) if found.type == "meta" else found
 
     def _sample(
         self,
