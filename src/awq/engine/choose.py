@@ -76,7 +76,7 @@ def _steps(model: Any, refused: dict[str, str], own: Step) -> Iterator[Step]:
     for builder in BUILDERS:
         built = builder(model)
         if isinstance(built, str):
-            refused[getattr(builder, "__name__", "step")] = built
+            refused[getattr(builder, "__name__", "step").replace("_", " ")] = built
         else:
             yield built
     yield own
@@ -145,11 +145,11 @@ class Probe:
             past = end
         return torch.stack(logits).float()
 
-    def _forward(self, past: int, end: int, cache: Any) -> Tensor:
-        more = {"position_ids": self.positions[:, past:end]} if positions_taken(self.model) else {}
+    def _forward(self, past: int, end: int, cache: Any, rows: slice = slice(None)) -> Tensor:
+        more = {"position_ids": self.positions[rows, past:end]} if positions_taken(self.model) else {}
         output = self.model(
-            input_ids=self.tokens[:, past:end],
-            attention_mask=self.mask[:, :end],
+            input_ids=self.tokens[rows, past:end],
+            attention_mask=self.mask[rows, :end],
             past_key_values=cache,
             use_cache=True,
             return_dict=True,
@@ -159,12 +159,19 @@ class Probe:
         return logits
 
     def _logits(self, way: Way) -> Tensor:
-        """The same by `way`: the prompt by a forward, then a step a token."""
-        cache = KVCache(self.windows, 2, BUCKET, self.device)
-        logits = [self._forward(0, _PROMPT, cache)]
+        """The same by `way`, whose step may take one row only."""
+        if way.step.max_batch != 1:
+            return self._logits_of(way, slice(0, 2))
+        return torch.cat([self._logits_of(way, slice(row, row + 1)) for row in range(2)], dim=1)
+
+    def _logits_of(self, way: Way, rows: slice) -> Tensor:
+        """The prompts of `rows` by a forward, then a step a token."""
+        batch = rows.stop - rows.start
+        cache = KVCache(self.windows, batch, BUCKET, self.device)
+        logits = [self._forward(0, _PROMPT, cache, rows)]
         self.slot_bytes = cache.slot_bytes
-        cache.set_padding(self.mask)
-        cache.set_positions(self.positions[:, : _PROMPT + 1], 2)
+        cache.set_padding(self.mask[rows])
+        cache.set_positions(self.positions[rows, : _PROMPT + 1], batch)
 
         def advance() -> Tensor:
             found = way.step.decode(cache.tokens, cache.next_positions(), cache)
@@ -174,7 +181,7 @@ class Probe:
 
         cache.slot.fill_(_PROMPT)
         for place in range(_PROMPT, _PROMPT + _STEPS):
-            cache.tokens.copy_(self.tokens[:, place : place + 1])
+            cache.tokens.copy_(self.tokens[rows, place : place + 1])
             if way.captured:
                 with cache.stepping(BUCKET):
                     logits.append(cache.graphs.run("probe", advance).clone())

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from awq.engine.fused.build import fused_step
+
 if TYPE_CHECKING:
     from awq.engine.cache import KVCache
 
@@ -66,4 +68,4 @@ class Step(Protocol):
 Builder = Callable[[Any], Step | str]
 
 # In order of preference, before the model's own forward, which takes whatever they refuse.
-BUILDERS: list[Builder] = []
+BUILDERS: list[Builder] = [fused_step]

@@ -11,6 +11,7 @@ from awq.engine.fused.discover import discover
 from awq.engine.fused.merged import merge_linears
 from awq.engine.fused.plan import Layer, Plan
 from awq.engine.fused.step import FusedStep, Weights
+from awq.engine.head import Int8Head
 from awq.kernels.cuda.layout import TILE_ROWS
 from awq.kernels.cuda.step.attention import HEAD_DIMS
 from awq.kernels.cuda.step.gemv import fits
@@ -59,8 +60,10 @@ def obstacle(plan: Plan, device: torch.device) -> str | None:
         return "version GEMM was asked for"
     if any(linear.spec.dtype != plan.embedding.dtype for linear in quantized):
         return "its activations have several dtypes"
-    if {plan.embedding.dtype, plan.head.weight.dtype} - set(_HALF):
+    if {plan.embedding.dtype, getattr(plan.head, "weight", plan.embedding).dtype} - set(_HALF):
         return "its head or its embedding is not in half precision"
+    if isinstance(plan.head, Int8Head) and plan.head.in_features % 16:
+        return "its int8 head has a width that 16 does not divide"
     if any(layer.attention.head_dim not in HEAD_DIMS for layer in plan.layers):
         return f"its heads are not of 8 to {HEAD_DIMS[-1]} channels, a multiple of 8"
     if any(linear.in_features % 8 for linear in quantized):

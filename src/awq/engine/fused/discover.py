@@ -17,6 +17,7 @@ from awq.engine.fused.heads import find_heads, ropes_of
 from awq.engine.fused.norms import as_rms_norm, close
 from awq.engine.fused.observe import AttentionCall, LinearCall, NormCall, Observed, observe
 from awq.engine.fused.plan import ACTIVATIONS, Layer, Norm, Plan, Rope
+from awq.engine.head import Int8Head
 
 # Of the norm: what half precision and float32 leave between the model's order of rounding and another.
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 4e-2, torch.float32: 1e-4}
@@ -66,7 +67,7 @@ def _plan(model: Any, seen: Observed) -> Plan:
         raise Other("its layers have other linears than query, key and value, output, gate and up, down")
     embedding = model.get_input_embeddings().weight.detach()
     stream = embedding[seen.tokens]
-    finder = _Finder(seen, ropes_of(seen), TOLERANCE.get(seen.logits.dtype, 1e-4))
+    finder = _Finder(seen, ropes_of(seen), TOLERANCE.get(embedding.dtype, 1e-4))
     layers, embedding_factor = [], 1.0
     for index, attention in enumerate(seen.attentions):
         layer, start, stream = finder.layer(sets[4 * index : 4 * index + 4], attention, stream)
@@ -74,8 +75,8 @@ def _plan(model: Any, seen: Observed) -> Plan:
             embedding_factor = finder.factor(start, torch.zeros_like(start), embedding[seen.tokens], "the embedding")
         layers.append(layer)
     head = model.get_output_embeddings()
-    if last.modules != (head,) or not isinstance(head, nn.Linear):
-        raise Other("the last of its linears is not its head alone, a float linear")
+    if last.modules != (head,) or not isinstance(head, nn.Linear | Int8Head):
+        raise Other("the last of its linears is not its head alone, float or int8")
     norm, before = finder.norm(last.input)
     finder.check(before, stream, "the input of its last norm")
     head_factor = finder.factor(seen.logits, torch.zeros_like(seen.logits), last.output, "its logits")

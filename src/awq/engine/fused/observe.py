@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from awq.engine.head import Int8Head
 from awq.linear import QuantLinear
 
 TOKENS = 11  # more than the windows of tiny models
@@ -101,7 +102,7 @@ def _look(seen: Observed) -> Callable[..., None]:
             if _are_angles(output):
                 seen.rotaries.append(RotaryCall(module, args, kwargs, (output[0][0], output[1][0])))
         elif isinstance(x, Tensor) and isinstance(output, Tensor):
-            if isinstance(module, nn.Linear | QuantLinear):
+            if isinstance(module, nn.Linear | QuantLinear | Int8Head):
                 seen.linears.append(LinearCall(seen.next(), module, x.flatten(0, -2), output.flatten(0, -2)))
             elif width := _norm_width(module, x, output):
                 seen.norms.append(NormCall(seen.next(), module, width, x, output))

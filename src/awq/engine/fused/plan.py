@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.engine.head import Int8Head
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
@@ -140,5 +142,5 @@ class Plan:
     embedding_factor: float
     layers: tuple[Layer, ...]
     norm: Norm
-    head: nn.Linear
+    head: nn.Linear | Int8Head
     head_factor: float

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from awq.engine.fused.merged import Merged
 from awq.engine.fused.plan import Attention, Layer, Norm, Plan, Rope
+from awq.engine.head import Int8Head
 from awq.kernels.cuda.step.attention import Bind, HeadNorm, Heads, attention
 from awq.kernels.cuda.step.ends import embed, head
 from awq.kernels.cuda.step.gemv import accumulate, gated, project
@@ -51,16 +52,15 @@ class FusedStep:
         self._product = _buffer(table, (each.down.units.in_features for each in weights))
         self._layers = [self._launches(layer, each) for layer, each in zip(plan.layers, weights, strict=True)]
         self._head = self._last(plan)
-        self._binds: list[Bind] = []
-        self._positions = 0  # that the tables of RoPE have
+        self._binds: dict[int, list[Bind]] = {}  # by the capacity of a cache; graphs read the tables of RoPE of theirs
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """float32 [1, vocabulary]; see `Step`. The first call for more slots than before is not captured."""
-        if cache.capacity > self._positions:
-            self._binds, self._positions = self._make_binds(cache.capacity), cache.capacity
+        if cache.capacity not in self._binds:
+            self._binds[cache.capacity] = self._make_binds(cache.capacity)
         stream = torch.cuda.current_stream(self._stream.device).cuda_stream
         self._embed(tokens.view(1))(stream)
-        for index, ((before, *after), bind) in enumerate(zip(self._layers, self._binds, strict=True)):
+        for index, ((before, *after), bind) in enumerate(zip(self._layers, self._binds[cache.capacity], strict=True)):
             before(stream)
             keys, values, window = cache.keys(index), cache.values(index), cache.windows[index]
             bind(keys, values, cache.slot, cache.first, positions.view(1), window)(stream)
@@ -81,10 +81,10 @@ class FusedStep:
         )
 
     def _last(self, plan: Plan) -> Launch:
-        norm, last = plan.norm, dict(plan.head.named_parameters())
-        bias = last["bias"].detach().float() if "bias" in last else None
-        weight = last["weight"].detach()
-        return head(self._stream, norm.weight, norm.epsilon, weight, bias, self._logits, plan.head_factor)
+        norm, last = plan.norm, {**dict(plan.head.named_parameters()), **dict(plan.head.named_buffers())}
+        weight = last["codes" if isinstance(plan.head, Int8Head) else "weight"].detach()
+        bias, scales = (last[name].detach().float() if name in last else None for name in ("bias", "scales"))
+        return head(self._stream, norm.weight, norm.epsilon, weight, bias, self._logits, plan.head_factor, scales)
 
     def _make_binds(self, positions: int) -> list[Bind]:
         """Tables of RoPE for so many positions, one for the layers that share it, and the attention of every layer."""
