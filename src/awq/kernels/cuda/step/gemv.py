@@ -102,7 +102,7 @@ def _launch(
         _PARAMS,
         device,
     )
-    ahead = gemv._kept_ahead(shape.kept_steps) if ring else 0
+    ahead = gemv._kept_ahead(shape, sms) if ring else 0
     sizes = (1, units.out_features, units.in_features, *divmod(tiles, grid), shape.units, shape.kept_steps)
     weights = (units.codes, units.affine, units.kept, units.index)
     numbers = (*sizes, plan.stages, plan.in_flight, plan.slots, ahead)
