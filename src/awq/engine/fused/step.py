@@ -55,10 +55,14 @@ class FusedStep:
         self._binds: dict[int, list[Bind]] = {}  # by the capacity of a cache; graphs read the tables of RoPE of theirs
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """float32 [1, vocabulary]; see `Step`. The first call for more slots than before is not captured."""
-        if cache.capacity not in self._binds:
-            self._binds[cache.capacity] = self._make_binds(cache.capacity)
-        stream = torch.cuda.current_stream(self._stream.device).cuda_stream
+        """float32 [1, vocabulary]; see `Step`. The first call for a cache of some capacity must not be captured."""
+        with torch.cuda.device(self._stream.get_device()):
+            if cache.capacity not in self._binds:
+                self._binds[cache.capacity] = self._make_binds(cache.capacity)
+            self._enqueue(tokens, positions, cache, torch.cuda.current_stream().cuda_stream)
+        return self._logits
+
+    def _enqueue(self, tokens: Tensor, positions: Tensor, cache: KVCache, stream: int) -> None:
         self._embed(tokens.view(1))(stream)
         for index, ((before, *after), bind) in enumerate(zip(self._layers, self._binds[cache.capacity], strict=True)):
             before(stream)
@@ -67,7 +71,6 @@ class FusedStep:
             for launch in after:
                 launch(stream)
         self._head(stream)
-        return self._logits
 
     def _launches(self, layer: Layer, weights: Weights) -> tuple[Launch, Launch, Launch, Launch]:
         qkv, output, gate_up, down = weights.qkv, weights.output, weights.gate_up, weights.down
