@@ -19,6 +19,10 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 TextColumn = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and hub rows.")]
 Version = Annotated[str | None, typer.Option(help="Pin the kernel version, GEMM or GEMV; else chosen per call.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder or a hub id.")]
+Reference = Annotated[str | None, typer.Option(help="The float model: a folder, a .gguf file or a hub id.")]
+Head = Annotated[
+    str | None, typer.Option(help="int8 rounds the float output head; what that does to perplexity is printed.")
+]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
 
 
