@@ -68,9 +68,8 @@ def generate(
     figures = _figures(clock, prompt_tokens, output.shape[1] - prompt_tokens)
     if as_json:
         text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
-        print_json(
-            {"prompt": prompt, "text": text, **figures, "kernels": kernels_in_use(model), "engine": str(model.engine)}
-        )
+        how = {"kernels": kernels_in_use(model), "engine": str(model.engine)}
+        print_json({"prompt": prompt, "text": text, **figures, **how})
     else:
         say(_line(figures))
 
