@@ -37,15 +37,17 @@ struct Params {
   int x_stride;                         // 712
   int rows, in_features, out_features;  // 716
   int token_tiles, row_blocks;          // 728  tiles are row_blocks x token_tiles
-  int workers, steps;                   // 736  blocks or clusters; steps of the k walk of a tile
-  int whole_tiles;                      // 744  of each worker
-  int share, longer;                    // 748  steps of each worker after those; so many take one more
-  int kept_steps, kept_room;            // 756  k16 steps of kept channels; how many fit shared memory (mma)
+  int workers, steps;                   // 736  blocks or clusters; steps of a tile: of its k walk, then of kept channels
+  int walk;                             // 744  of the k walk alone
+  int whole_tiles;                      // 748  of each worker
+  int share, longer;                    // 752  steps of each worker after those; so many take one more
+  int kept_steps, kept_room;            // 760  k16 steps of kept channels; how many fit shared memory (mma)
 };
 
 // ------------------------------------------------------------------------------------------------------- schedule
 
-// Steps [first, last) of the k walk of one tile.
+// Steps [first, last) of one tile: those of its k walk, then those of its kept channels, which are shared out like them
+// (with all of them left to a tile's owner, 1 % kept cost 4096 x 11008 12 to 26 % up to 128 rows).
 struct Segment { int tile = -1, first = 0, last = 0; };
 
 // The segments of one worker: whole tiles of its own, then its even share of the k steps of all remaining tiles
@@ -125,41 +127,21 @@ DEVICE void store_global16(void* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Scales of rows r and r + 8 that multiply the weights. A bfloat16 weight is rounded once: the float16 scale is split
-// into two bfloat16, and d * high + d * low differs from d * scale by less than a rounding.
-struct Scales {
-  u32 row[2];
-#if AWQ_BF16
-  u32 low[2];
-#endif
-};
+// Scales of rows r and r + 8 that multiply the weights. Rounded to bfloat16 where activations are: to keep the rest of
+// the float16 scale took a second product a pair, 16 % of 32 and 64 rows.
+struct Scales { u32 row[2]; };
 
 DEVICE Scales scales_from(u32 pair) {
-  Scales s;
 #if AWQ_BF16
-  const float scale[2] = {low_half(pair), high_half(pair)};
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    s.row[half] = narrow2(scale[half], scale[half]);
-    float rest = scale[half] - __uint_as_float(s.row[half] & 0xffff0000u);
-    s.low[half] = narrow2(rest, rest);
-  }
+  return {narrow2(low_half(pair), low_half(pair)), narrow2(high_half(pair), high_half(pair))};
 #else
-  s.row[0] = __byte_perm(pair, pair, 0x1010);
-  s.row[1] = __byte_perm(pair, pair, 0x3232);
+  return {__byte_perm(pair, pair, 0x1010), __byte_perm(pair, pair, 0x3232)};
 #endif
-  return s;
 }
 
 DEVICE void scale_fragment(u32 (&a)[4], const Scales& s) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-#if AWQ_BF16
-    a[i] = fma2(a[i], s.row[i & 1], mul2(a[i], s.low[i & 1]));
-#else
-    a[i] = mul2(a[i], s.row[i & 1]);
-#endif
-  }
+  for (int i = 0; i < 4; i++) a[i] = mul2(a[i], s.row[i & 1]);
 }
 
 // Where a lane (row r = lane / 4) finds scales and zero points in a record of `affine`.

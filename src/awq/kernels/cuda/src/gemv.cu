@@ -62,7 +62,7 @@ struct Params {
   int stages;          // of the ring
   int in_flight;       // stages requested and not arrived, at most
   int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
-  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way, 0: read them where they are
+  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
@@ -395,11 +395,18 @@ DEVICE void finish_tile(const Params& p, const Layout& s, int tile, int warp, in
 #if AWQ_RING
 struct Ring { int stage; u32 parity; };
 
-DEVICE void take_unit(Unit& w, const Params& p, const Layout& s, Ring& ring, int warp, int lane) {
+DEVICE void take_unit(Unit& w, const Params& p, const Layout& s, const Ring& ring, int warp, int lane) {
   u32 codes = s.ring + ring.stage * STAGE + warp * UNIT_BYTES, record = s.ring + ring.stage * STAGE + STAGE_CODES + warp * RECORD;
   barrier_wait(full_stage(s, ring.stage), ring.parity);
   read_unit(w, [&](int i) { return load_shared16(codes + i); }, [&](int i) { return load_shared4(record + i); },
             [&](int i) { return load_shared1(record + i); }, lane);
+}
+// The unit's place may be filled again. After its products: before them the wait for its loads cost 2 %.
+DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ring) {
+  u32 affine = 0;
+#pragma unroll
+  for (int g = 0; g < SCALED; g++) affine ^= w.scales[g] ^ w.zeros[g];
+  have_arrived(w.q[0].x, w.q[1].x, w.q[2].x, w.q[3].x, affine);
   signal(empty_stage(s, ring.stage));
   if (++ring.stage == p.stages) { ring.stage = 0; ring.parity ^= 1; }
 }
@@ -433,6 +440,7 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
       Unit w;
       take_unit(w, p, s, ring, warp, lane);
       multiply(w, 0, k, x, lane, o);
+      leave_unit(w, p, s, ring);
     }
     finish_tile(p, s, tile, warp, lane, o);
   }
@@ -464,6 +472,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 #if AWQ_RING
     take_unit(w, p, s, ring, warp, lane);
     multiply(w, unit, 0, x, lane, o);
+    leave_unit(w, p, s, ring);
 #else
     Unit after;
     if (next_tile < count) fetch(after, next_tile, next);
@@ -580,8 +589,9 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
   if (p.kept_ahead) {
     int slot = i & (p.kept_ahead - 1);
     u32 from = s.kept + slot * p.kept_steps * KEPT_STEP;
-    barrier_wait(full_kept(s, slot), (i >> (p.kept_ahead >> 1)) & 1);
+    barrier_wait(full_kept(s, slot), (i >> __popc(p.kept_ahead - 1)) & 1);
     multiply_kept(p, s, lane, d, [&](int at) { return load_shared16(from + at); });
+    have_arrived(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3]));
     __syncwarp();
     if (lane == 0 && i + p.kept_ahead < count) copy_kept(p, s, i + p.kept_ahead);
     return;
