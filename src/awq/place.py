@@ -66,7 +66,8 @@ def spread(
     offload_folder: for what goes to "disk"; a temporary one by default. ConfigError for a part without a place.
     """
     if places.get("") == "disk":  # accelerate writes what has a name
-        places = {name: "disk" for name, _ in model.named_children()} | {k: v for k, v in places.items() if k}
+        children: Places = {name: "disk" for name, _ in model.named_children()}
+        places = children | {name: place for name, place in places.items() if name}
     gpus = [place for place in places.values() if place not in _KEPT]
     main: int | str = gpus[0] if gpus else "cpu"
     folder = Path(offload_folder) if offload_folder else None

@@ -53,6 +53,18 @@ class Engine:
         """2: fused step; 1: the model's own forward with a static cache; 0: transformers' own loop."""
         return self.ways.ways[0].step.tier if self.ways.ways else 0
 
+    def tier_of(self, batch: int) -> int:
+        """The tier of a query of so many rows."""
+        way = self.ways.way(batch)
+        return way.step.tier if way else 0
+
+    def limit(self, tier: int) -> None:
+        """Use no tier above `tier`: for comparisons, and where one is suspected."""
+        self.reset()
+        self.ways.ways = [way for way in self.ways.ways if way.step.tier <= tier]
+        if not self.ways.ways:
+            self.ways.reason = "transformers' own loop, as asked"
+
     @property
     def reason(self) -> str:
         why = "".join(f"; not {name}: {reason}" for name, reason in self.ways.refused.items())
