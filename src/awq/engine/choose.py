@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from awq.engine.cache import BUCKET, KVCache, windows_of
 from awq.engine.forward import ModelStep, device_of, positions_taken, prompt_logits
 from awq.engine.loop import Way
-from awq.engine.step import BUILDERS, Step
+from awq.engine.step import BUILDERS, PLAIN_BUILDERS, Builder, Step
 
 # ||logits - own|| / ||own||: rounding differs with the shape of a product; a wrong step is off by 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -59,21 +59,22 @@ def choose(model: Any) -> Ways:
         return Ways(reason=f"a static cache: {reason}")
     found.slot_bytes, found.vocabulary = probe.slot_bytes, probe.vocabulary
     plain = probe.cannot_capture()
-    for step in [] if plain else _steps(model, found.refused, own):
-        if reason := probe.difference(Way(step, captured=True)):
+    builders = BUILDERS if not plain else PLAIN_BUILDERS if probe.whole else []
+    for step in _steps(model, builders, found.refused, own):
+        if reason := probe.difference(Way(step, captured=not plain)):
             found.refused[step.how] = reason
         else:
-            found.ways.append(Way(step, captured=True))
-    found.padded_prompts = bool(found.ways) and probe.padding_is_harmless()
+            found.ways.append(Way(step, captured=not plain))
+    found.padded_prompts = not plain and bool(found.ways) and probe.padding_is_harmless()
     if not found.ways:
-        plain = plain or found.refused[own.how]
+        plain = found.refused[own.how]
         found.ways.append(Way(own, captured=False))
     found.reason = f"{found.ways[0].step.how}, static cache, " + (f"no CUDA graph ({plain})" if plain else "CUDA graph")
     return found
 
 
-def _steps(model: Any, refused: dict[str, str], own: Step) -> Iterator[Step]:
-    for builder in BUILDERS:
+def _steps(model: Any, builders: list[Builder], refused: dict[str, str], own: Step) -> Iterator[Step]:
+    for builder in builders:
         built = builder(model)
         if isinstance(built, str):
             refused[getattr(builder, "__name__", "step").replace("_", " ")] = built
@@ -96,13 +97,15 @@ class Probe:
         self.tokens, self.mask = tokens.to(self.device), mask.to(self.device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.slot_bytes = self.vocabulary = 0
+        self.whole = True  # on one device
         self.truth: Tensor | None = None
 
     def cannot_capture(self) -> str | None:
         """Why no graph holds this model's step, before any is tried."""
         devices = {tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())}
         hooked = any(hasattr(module, "_hf_hook") for module in self.model.modules())
-        if len(devices) > 1 or hooked:
+        self.whole = len(devices) == 1 and not hooked
+        if not self.whole:
             places = ", ".join(sorted({"offloaded" if d.type == "meta" else str(d) for d in devices}))
             return f"the model is spread over {places}"
         return None if self.device.type == "cuda" else f"{self.device.type} has none"

@@ -90,6 +90,7 @@ class Engine:
                 way = self.ways.way(query.tokens.shape[0])
                 assert way is not None
                 run = Run(self._model(), way, cache, self._sampler_for(query), query, self.ways.padded_prompts)
+                run.ragged_way = self.ways.way(query.tokens.shape[0], ragged=True)
                 new = run.answer()
         except torch.OutOfMemoryError as error:
             self._cache = self._sampler = None

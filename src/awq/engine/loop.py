@@ -41,6 +41,7 @@ class Run:
         self.batch, self.prompt = query.tokens.shape
         self.length = self.past = 0  # tokens in the cache: once all that was enqueued has run, and before the answer
         self.padded_prompts = padded_prompts
+        self.ragged_way: Way | None = None  # the way where there is padding between tokens
         self.ahead = AHEAD if way.captured and not query.at_once else 0
 
     def answer(self) -> Tensor:
@@ -101,6 +102,8 @@ class Run:
         output = self.model._prefill(query.tokens, query.config, arguments)
         arguments = self.model._update_model_kwargs_for_generation(output, arguments)
         cache.set_padding(arguments.get("attention_mask"))
+        if cache.ragged and self.ragged_way is not None:
+            self.way = self.ragged_way
         cache.set_positions(arguments.get("position_ids"), self.batch)
         self._begin(cache.get_seq_length())
         self._choose(output.logits[:, -1])

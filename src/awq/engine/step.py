@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from awq.engine.cpu import cpu_step
 from awq.engine.fused.build import fused_step
 
 if TYPE_CHECKING:
@@ -69,3 +70,5 @@ Builder = Callable[[Any], Step | str]
 
 # In order of preference, before the model's own forward, which takes whatever they refuse.
 BUILDERS: list[Builder] = [fused_step]
+# The same where there are no graphs: `decode` is called with the cache in its plain state.
+PLAIN_BUILDERS: list[Builder] = [cpu_step]
