@@ -277,7 +277,7 @@ def test_an_int8_head_and_what_it_costs(quantized: Path) -> None:
     shown = run("bench", "model", quantized, "--head", "int8", "--version", "GEMV", *SHORT)
     assert shown.exit_code == 0
     assert "head=int8: perplexity " in shown.stderr
-    assert "tier 1: the model's own forward" in shown.stderr
+    assert "tier 2: fused step of torch operations" in shown.stderr
     assert "no folder" not in refused("bench", "model", quantized, "--head", "int3", *SHORT)
     assert "random weights" in refused("bench", "model", quantized, "--outlier-ratio", 0.01, *SHORT)
 
