@@ -1,7 +1,7 @@
 """Greedy tokens of a real model through the engine are those of the model's own forward, up to ties.
 
 In float32, with the values of the int4 weights, a tie is 1e-2 of a logit. In bfloat16, as a CPU runs int4, logits of 8
-to 16 are 1/16 apart, and of 16 to 32 1/8: a tie is two such steps. Ties are printed.
+to 16 are 1/16 apart, and of 16 to 32 1/8: two ways to round differ by a few such steps. Ties are printed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from tests.engine.prompts import PROMPTS
 from tests.engine.ties import largest_gap
 
 NEW, GROUP, TIE = 200, 64, 1e-2
+SPACINGS = 4  # of the dtype, where they are wider than TIE
 
 
 def rounded(dtype: torch.dtype) -> Any:
@@ -69,7 +70,7 @@ def check(model: Any, tokenizer: Any, prompts: tuple[str, ...], captured: bool =
         spacing = torch.finfo(model.dtype).eps * 2.0 ** (torch.tensor(size).frexp().exponent.item() - 1)
         if gap:
             sys.stdout.write(f"{prompt!r}: {gap:.4f} of a logit below {size:.2f}, new token {place}\n")
-        assert gap <= max(TIE, 2 * spacing), f"{prompt!r}: token {place} is {gap} below {size}"
+        assert gap <= max(TIE, SPACINGS * spacing), f"{prompt!r}: token {place} is {gap} below {size}"
 
 
 def _ask(tokenizer: Any, prompt: str) -> Tensor:

@@ -152,6 +152,7 @@ def test_two_models_in_two_threads() -> None:
     plain = [tiny_llama(seed).cuda() for seed in (0, 1)]
     expected = [[model.generate(prompt, **SETTINGS) for prompt in prompts] for model in plain]
     found: list[list[Tensor]] = [[], []]
+    torch.cuda.synchronize()
 
     def talk(which: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -182,8 +182,8 @@ def _generate(model: Any, prompt: Tensor, new_tokens: int) -> Clock:
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
+            eos_token_id=None,  # barring it would cost operations that a user's query has not
             do_sample=False,
             pad_token_id=0,
             streamer=clock,

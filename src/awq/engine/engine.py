@@ -36,6 +36,7 @@ class Engine:
         self._tried_on: Any = None
         self._cache: KVCache | None = None
         self._sampler: Sampler | None = None
+        self._done: torch.cuda.Event | None = None
         self._lock, self._owner = threading.Lock(), 0
         self.last = "nothing was generated yet"  # why the last query was not the engine's, "" if it was
 
@@ -85,7 +86,7 @@ class Engine:
     def take(self, query: Query) -> Any:
         """The answer to a query: tokens [batch, prompt + new], or transformers' output object with the cache."""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._in_order():
                 cache = self._cache_for(query)
                 way = self.ways.way(query.tokens.shape[0])
                 assert way is not None
@@ -117,6 +118,21 @@ class Engine:
             finally:
                 self._owner = 0
 
+    @contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """Queries of different streams follow one another: steps enqueued ahead may still run when one returns."""
+        device = self._device()
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        try:
+            yield
+        finally:
+            self._done = stream.record_event()
+
     def _cache_for(self, query: Query) -> KVCache:
         """An empty cache with room for the query, or the query's own."""
         if self.max_seq_len is not None and query.slots > self.max_seq_len:
@@ -131,6 +147,8 @@ class Engine:
             return query.cache
         device = self._device()
         if self._cache is None or not self._cache.fits(batch, needed, device):
+            if self._done is not None:
+                self._done.synchronize()
             self._cache = None  # freed before the next one is made
             capacity = bucket_of(needed)
             check_memory(batch, capacity, self.ways.slot_bytes, device)

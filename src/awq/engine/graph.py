@@ -5,16 +5,21 @@ The first run is real work too: it compiles and warms what it launches, outside 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
+_recording = threading.Lock()
 _KEPT = 48  # graphs of one cache; each keeps some host memory, and what it returns
 
 
 class Graphs:
-    """The graphs over one cache's buffers, in one memory pool: they are never replayed side by side."""
+    """The graphs over one cache's buffers, in one memory pool: they are never replayed side by side.
+
+    A key holds what the work reads by address, so that none of it is freed before its graph.
+    """
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self.device, self.enabled = device, enabled and device.type == "cuda"
@@ -44,7 +49,8 @@ class Graphs:
 
     def _record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and launch meanwhile.
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+        # Other threads may allocate and launch meanwhile, but not record: that begins by waiting for the device.
+        recording = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
+        with _recording, torch.cuda.device(self.device), recording:
             result = work()
         return graph, result

@@ -94,7 +94,7 @@ class Run:
             cache.set_padding(None)
             cache.set_positions(cache.last[None] + 1, self.batch)
             self._begin(self.prompt)
-            key = ("prompt", self.batch, columns, cache.capacity, id(self.sampler), query.sampling.form)
+            key = ("prompt", self.batch, columns, cache.capacity, self.sampler, query.sampling.form)
             cache.graphs.run(key, lambda: self._read_prompt(columns))
             cache.set_length(self.prompt)
             return
@@ -138,7 +138,7 @@ class Run:
         if self.way.captured:
             bucket = min(bucket_of(self.length + 1), cache.capacity)
             with cache.stepping(bucket):
-                key = (id(step), self.batch, bucket, cache.capacity, id(self.sampler), self.query.sampling.form)
+                key = (step, self.batch, bucket, cache.capacity, self.sampler, self.query.sampling.form)
                 cache.graphs.run(key, self._advance)
         else:
             self._advance()
