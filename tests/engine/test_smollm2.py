@@ -1,7 +1,8 @@
 """Greedy tokens of a real model through the engine are those of the model's own forward, up to ties.
 
 In float32, with the values of the int4 weights, a tie is 1e-2 of a logit. In bfloat16, as a CPU runs int4, logits of 8
-to 16 are 1/16 apart, and of 16 to 32 1/8: two ways to round differ by a few such steps. Ties are printed.
+to 16 are 1/16 apart, and of 16 to 32 1/8; next to float32 those of the model's own forward are off by 0.35 on average,
+and those of the engine's step by 0.33: a tie is a few such steps. Ties are printed.
 """
 
 from __future__ import annotations
