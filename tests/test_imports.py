@@ -33,7 +33,7 @@ ALLOWED = {
     "jit": {"errors"},
     "kernels": {"jit"} | GROUND,
     "linear": {"kernels"} | GROUND,
-    "engine": {"kernels", "linear"} | GROUND,
+    "engine": {"jit", "kernels", "linear"} | GROUND,
     "linears": set(),
     "experts": {"linears"},
     "algorithm": {"config", "errors", "experts", "linears", "packing"},
@@ -49,8 +49,9 @@ ALLOWED = {
     | {"progress"}
     | {"source"}
     | GROUND,
-    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
-    "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
+    "place": {"errors", "linear"},
+    "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "place", "source"} | GROUND,
+    "model": {"calibration", "checkpoint", "engine", "load", "place", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }
 # The top of the house sees everything below it, and nobody below sees it.

@@ -83,7 +83,7 @@ def test_quantized_in_memory_it_generates_at_once(float_folder: Path) -> None:
 
 
 def test_every_old_keyword_is_accepted_and_idle_ones_are_named_once(float_folder: Path, quantized_folder: Path) -> None:
-    with pytest.warns(UserWarning, match="from_quantized: batch_size, max_seq_len, use_exllama_v2 have no effect"):
+    with pytest.warns(UserWarning, match="from_quantized: batch_size, use_exllama_v2 have no effect"):
         AutoAWQForCausalLM.from_quantized(quantized_folder, max_seq_len=512, batch_size=4, use_exllama_v2=True)
     with pytest.warns(UserWarning, match="from_pretrained: use_cache has no effect"):
         model = AutoAWQForCausalLM.from_pretrained(float_folder, use_cache=True)
@@ -106,6 +106,50 @@ def test_device_maps_of_one_device(quantized_folder: Path, device_map: Any) -> N
     assert AutoAWQForCausalLM.from_quantized(quantized_folder, device_map=device_map).device.type in ("cpu", "cuda")
 
 
+@pytest.mark.parametrize(
+    "placing",
+    [
+        {"device_map": "auto", "max_memory": {"cpu": 60_000}},
+        {"device_map": "sequential", "max_memory": {"cpu": 100_000}},
+        {"device_map": {"": "cpu", "model.layers.1": "disk"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_parts_in_memory_and_on_disk(quantized_folder: Path, tmp_path: Path, placing: Any, folder: bool) -> None:
+    """Nothing but where the weights lie: the same tokens."""
+    whole = AutoAWQForCausalLM.from_quantized(quantized_folder, device_map="cpu")
+    spread = AutoAWQForCausalLM.from_quantized(
+        quantized_folder, offload_folder=str(tmp_path / "offload") if folder else None, **placing
+    )
+    assert "disk" in spread.model.hf_device_map.values()
+    assert any(parameter.is_meta for parameter in spread.model.parameters())
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    prompt = random_tokens(2, 8)
+    assert torch.equal(spread.generate(prompt, **settings), whole.generate(prompt, **settings))
+    assert spread.engine.tier == 1
+    assert "no CUDA graph (the model is spread over " in str(spread.engine)
+    assert folder == (tmp_path / "offload").exists()
+
+
+def test_a_cap_and_another_head(quantized_folder: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(quantized_folder, max_seq_len=16, head="int8")
+    assert model.generate(random_tokens(1, 8), max_new_tokens=8, do_sample=False).shape[1] <= 16
+    with pytest.raises(ConfigError, match="exceed max_seq_len=16"):
+        model.generate(random_tokens(1, 8), max_new_tokens=9)
+    assert type(model.model.get_output_embeddings()).__name__ == "Int8Head"
+
+
+def test_a_seed_of_its_own(quantized_folder: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(quantized_folder)
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 3.0, "pad_token_id": 0, "eos_token_id": None}
+    state = torch.get_rng_state()
+    first, again, other = (model.generate(random_tokens(1, 8), seed=seed, **settings) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_wrong_calls_are_one_sentence(
     float_folder: Path, quantized_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,8 +157,10 @@ def test_wrong_calls_are_one_sentence(
         AutoAWQForCausalLM()
     with pytest.raises(CheckpointError, match="already quantized"):
         AutoAWQForCausalLM.from_pretrained(quantized_folder)
-    with pytest.raises(ConfigError, match="give one device"):
-        AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"a": 0, "b": "cpu"})
+    with pytest.raises(ConfigError, match="device_map names '9', which is not there"):
+        AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"a": 9, "b": "cpu"})
+    with pytest.raises(ConfigError, match=r"device_map has no place for model\.layers\.0\.self_attn\.q_proj"):
+        AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"model.norm": "disk", "lm_head": "cpu"})
     model = AutoAWQForCausalLM.from_pretrained(float_folder)
     with pytest.raises(AwqError, match=r"call quantize\(\) before"):
         model.save_quantized("out")

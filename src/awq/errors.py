@@ -39,5 +39,9 @@ class KernelError(AwqError, RuntimeError):
     """A kernel does not compile, load or launch; the text has the compiler's or the driver's reason."""
 
 
+class OutOfMemoryError(AwqError, RuntimeError):
+    """The device has too little memory; the text says what would fit."""
+
+
 class MissingDependencyError(AwqError, ImportError):
     """An optional package is needed; the text names it and the command that installs it."""

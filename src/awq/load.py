@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
+from awq.engine import attach
+from awq.engine.head import use_head
 from awq.errors import CheckpointError
 from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.names import from_stored, kept_in_float32, of_module
+from awq.place import find_places, is_spread, spread
 from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
@@ -30,6 +33,11 @@ def load_quantized(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     outliers: bool = True,
+    device_map: Any = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
+    max_seq_len: int | None = None,
+    head: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
@@ -38,6 +46,10 @@ def load_quantized(
     version: "GEMM" or "GEMV" pins that kernel version for every call; None or "auto" chooses per call.
     kernel:  one backend by name, for tests and bug reports ("reference" computes in float32).
     dtype:   of activations; by default the checkpoint's on a GPU, bfloat16 on a CPU, where int4 is fast only in it.
+    device_map, max_memory, offload_folder: accelerate's, instead of `device`: where parts of a model go that one GPU
+             does not hold, "auto" or a dictionary.
+    max_seq_len: tokens of prompt and answer at most; None: what memory allows.
+    head:    "int8" rounds a float output head to 8 bits, half the bytes; None and "float" leave it.
     Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
     """
     target = pick_device(device)
@@ -46,6 +58,10 @@ def load_quantized(
     checkpoint = open_checkpoint(find_folder(model, revision=revision, code=trust_remote_code))
     if dtype is None:
         dtype = _config_dtype(checkpoint) if target.type != "cpu" else torch.bfloat16
+    parted = is_spread(device_map, max_memory, _weight_bytes(checkpoint))
+
+    def prepare(layer: QuantLinear) -> None:
+        layer.prepare(version=version, kernel=kernel, dtype=dtype)
 
     def quant_linear(source: Checkpoint, name: str, linear: nn.Linear) -> nn.Module:
         bias = source.bias(name)
@@ -53,11 +69,22 @@ def load_quantized(
             raise CheckpointError(f"{source.path.name} lacks {name}.bias: copy or download it again.")
         bias = bias if bias is None else bias.to(dtype)
         layer = QuantLinear(source.packed(name), bias, source.outliers(name) if outliers else None)
-        layer.to(target)
-        layer.prepare(version=version, kernel=kernel, dtype=dtype)
+        if not parted:
+            layer.to(target)
+            prepare(layer)
         return layer
 
-    return _assemble(checkpoint, quant_linear, dtype, trust_remote_code).to(target)
+    made = _assemble(checkpoint, quant_linear, dtype, trust_remote_code)
+    use_head(made, head)
+    if parted:
+        made = spread(made, find_places(made, device_map, max_memory), prepare, offload_folder)
+    else:
+        made = made.to(target)
+    return attach(made, max_seq_len)
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.path.glob("*.safetensors"))
 
 
 def load_dequantized(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -13,17 +13,17 @@ from torch import nn
 from awq.calibration import load_calibration
 from awq.checkpoint.convert import convert_checkpoint
 from awq.config import QuantConfig
+from awq.engine import Engine, attach, engine_of
 from awq.errors import AwqError, ConfigError
 from awq.load import load_quantized
+from awq.place import AUTOMATIC
 from awq.recipe import check_model, quantize_model, save_quantized
 from awq.source import Source, find_folder, find_source, pick_device, pick_dtype
 
 # AutoAWQ's keywords that have nothing to act on here, with its defaults: only another value is worth a word.
-_AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 _IDLE_FROM_PRETRAINED = {"safetensors": True, "low_cpu_mem_usage": True, "use_cache": False}
 _IDLE_FROM_QUANTIZED = {
     "quant_filename": "",
-    "max_seq_len": 2048,
     "max_new_tokens": None,
     "fuse_layers": True,
     "use_exllama": False,
@@ -31,8 +31,6 @@ _IDLE_FROM_QUANTIZED = {
     "use_ipex": False,
     "batch_size": 1,
     "safetensors": True,
-    "max_memory": None,
-    "offload_folder": None,
 }
 _IDLE_QUANTIZE = {
     "duo_scaling": True,
@@ -77,12 +75,23 @@ class AwqModel(nn.Module):
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
 
+    @property
+    def engine(self) -> Engine:
+        """How it generates: `tier`, `reason`, and both in one line as text."""
+        return engine_of(self.model)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate` of the inner model, under `torch.inference_mode`."""
-        with torch.inference_mode():
+    def generate(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate` of the inner model, under `torch.inference_mode`; its loop is the engine's.
+
+        seed: of the tokens that are sampled; torch's own random state stays as it is then. None goes on with that.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             return self.model.generate(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -142,6 +151,7 @@ class AwqModel(nn.Module):
         self.tokenizer = tokenizer
         self.quant_config = QuantConfig.from_dict(self.report["recipe"]["config"])
         self.is_quantized = True
+        attach(self.model)
 
     def pack(self) -> None:
         """Nothing to do: quantize() packs as it goes. Kept for scripts that quantized with export_compatible=True."""
@@ -205,7 +215,7 @@ class AutoAWQForCausalLM:
     def from_quantized(
         quant_path: str | Path,
         quant_filename: str = "",
-        max_seq_len: int | None = 2048,
+        max_seq_len: int | None = None,
         trust_remote_code: bool = False,
         fuse_layers: bool = True,
         use_exllama: bool = False,
@@ -223,10 +233,15 @@ class AutoAWQForCausalLM:
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
+        head: str | None = None,
         **config_kwargs: Any,
     ) -> AwqModel:
         """The quantized checkpoint at `quant_path` (folder or hub id), in any layout that AutoAWQ wrote.
 
+        max_seq_len: tokens of prompt and answer at most; None: what memory allows
+        device_map, max_memory, offload_folder: "auto" takes the first GPU, or several and the CPU where the model does
+            not fit there or max_memory says so ({0: "20GB", "cpu": "60GB"}); a device; or a dictionary of module names
+        head: "int8" rounds a float output head to 8 bits
         version: "GEMM" or "GEMV" pins that kernel version; by default it is chosen per call. KernelNotSupportedError
             (a RuntimeError) before any weight is read, where the hardware cannot run it.
         """
@@ -238,6 +253,11 @@ class AutoAWQForCausalLM:
             version=version,
             kernel=kernel,
             device=_single_device(device_map),
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            max_seq_len=max_seq_len,
+            head=head,
             dtype=pick_dtype(dtype if dtype is not None else torch_dtype),
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -254,7 +274,7 @@ def _warn_idle(function: str, given: Mapping[str, Any], defaults: Mapping[str, A
 
 def _float_device_map(device_map: Any, source: Source) -> Any:
     """Where the float model goes: for "auto" the one GPU if it fits there, else the CPU, from where blocks visit it."""
-    if device_map in _AUTOMATIC:
+    if device_map in AUTOMATIC:
         needed = sum(file.stat().st_size for file in source.weight_files())
         fits = torch.cuda.device_count() == 1 and needed < 0.6 * torch.cuda.mem_get_info()[0]
         return {"": 0} if fits else None
@@ -264,12 +284,10 @@ def _float_device_map(device_map: Any, source: Source) -> Any:
 
 
 def _single_device(device_map: Any) -> Any:
-    """The one device that a device_map comes down to; placing layers on several is not done here."""
+    """The device that a device_map comes down to, or "auto" where it names several."""
     if isinstance(device_map, Mapping):
-        places: Sequence[Any] = sorted({str(place) for place in device_map.values()})
-        if len(places) != 1:
-            raise ConfigError(f"device_map spreads the model over {', '.join(places)}: give one device.")
-        device_map = device_map[next(iter(device_map))]
-    if device_map in (None, *_AUTOMATIC):
+        places = {str(place): place for place in device_map.values()}
+        device_map = next(iter(places.values())) if len(places) == 1 else "auto"
+    if device_map is None or device_map in AUTOMATIC:
         return "auto"
     return f"cuda:{device_map}" if isinstance(device_map, int) else device_map

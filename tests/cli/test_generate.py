@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import awq.load
-from tests.cli.run import run, run_json
+from tests.cli.run import refused, run, run_json
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
 
@@ -81,3 +81,15 @@ def test_kernel_by_name(quantized: Path, flags: tuple[str, str]) -> None:
     answer = run_json("generate", quantized, "-p", "a", "--max-new-tokens", 2, "--device", "cpu", *flags)
     if flags[0] == "--kernel":
         assert answer["kernels"] == {"reference": 14}
+
+
+def test_stop_strings_and_what_changes_a_sample(quantized: Path) -> None:
+    flags = ("-p", "a", "--max-new-tokens", 40, "--device", "cpu")
+    free = str(run_json("generate", quantized, *flags)["text"])
+    letter = next(letter for letter in free[3:] if letter.isascii() and letter.isprintable())
+    stopped = run_json("generate", quantized, *flags, "--stop", letter)
+    assert stopped["text"] == free[: free.index(letter) + 1]
+    assert stopped["engine"].startswith("tier 2")
+    sampled = ("--temperature", 1.5, "--top-k", 5, "--min-p", 0.1, "--repetition-penalty", 1.2)
+    assert run_json("generate", quantized, *flags, *sampled)["text"] != free
+    assert "0 and 1" not in refused("generate", quantized, *flags, "--repetition-penalty", 0)

@@ -16,6 +16,7 @@ from awq.bench.results import Ceiling, KernelBench, row_of
 from awq.bench.timing import Timing
 from awq.errors import KernelNotSupportedError
 from tests.cli.run import refused, run, run_json
+from tests.tiny import tiny_llama
 
 WINDOWS = ("--window", 64, "--max-windows", 3, "--device", "cpu")
 SHORT = ("--prompt-tokens", 4, "--new-tokens", 3, "--repeats", 1, "--device", "cpu")
@@ -260,3 +261,40 @@ def test_tasks_without_their_package(quantized: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert 'pip install "awq-int4[eval]"' in refused("eval", quantized, "--tasks", "hellaswag", *WINDOWS)
+
+
+def test_a_shape_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.bench.models.config_of", lambda name: tiny_llama().config)
+    file = tmp_path / "rows.csv"
+    flags = ("--batch", 1, "--batch", 3, "--version", "GEMV", "--tier", 1, "--outlier-ratio", 0.02, "--csv", file)
+    found = run_json("bench", "model", "llama-3-8b", *flags, *SHORT)
+    assert [(row["label"], row["batch"], row["tier"]) for row in found["rows"]] == [("GEMV", 1, 1), ("GEMV", 3, 1)]
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["model"] for row in rows] == ["llama-3-8b"] * 2
+
+
+def test_an_int8_head_and_what_it_costs(quantized: Path) -> None:
+    shown = run("bench", "model", quantized, "--head", "int8", "--version", "GEMV", *SHORT)
+    assert shown.exit_code == 0
+    assert "head=int8: perplexity " in shown.stderr
+    assert "tier 2: fused step of torch operations" in shown.stderr
+    assert "no folder" not in refused("bench", "model", quantized, "--head", "int3", *SHORT)
+    assert "random weights" in refused("bench", "model", quantized, "--outlier-ratio", 0.01, *SHORT)
+
+
+def test_memory_that_runs_out_ends_the_larger_batches(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import awq.bench.generation
+    from awq.errors import OutOfMemoryError
+
+    measure = awq.bench.generation.measure_generation
+
+    def limited(model: Any, label: str, *, batch: int, **settings: Any) -> Any:
+        if batch > 2:
+            raise OutOfMemoryError("the cache is too large.")
+        return measure(model, label, batch=batch, **settings)
+
+    monkeypatch.setattr(awq.bench.generation, "measure_generation", limited)
+    batches = [word for batch in (1, 2, 4, 8) for word in ("--batch", batch)]
+    found = run_json("bench", "model", quantized, "--version", "auto", *batches, *SHORT)
+    assert [row["batch"] for row in found["rows"]] == [1, 2]
+    assert found["refused"] == {"auto, batch 4": "the cache is too large."}

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from awq import __version__
+from awq.bench.generation import Latency
 from awq.bench.results import DENSE, KernelBench, KernelRow, dtype_name
 from awq.errors import ConfigError
 from awq.hardware import driver_version
@@ -26,6 +27,11 @@ from awq.hardware import driver_version
 KERNEL_COLUMNS = (
     *("gpu", "driver", "torch", "commit", "date", "kernel", "N", "K", "rows", "group", "dtype", "zero_point"),
     *("outlier_ratio", "pdl", "us_p50", "us_p10", "us_p90", "rel_error", "ceiling_gbs", "cublas_us"),
+)
+# One line a model, version and batch. tier: how it generated; read_floor_fraction: of the read ceiling, of a step.
+GENERATION_COLUMNS = (
+    *("gpu", "driver", "torch", "commit", "date", "model", "tier", "version", "batch", "prompt_tokens", "new_tokens"),
+    *("ms_per_token_p50", "ms_per_token_p90", "ttft_ms", "tokens_per_second", "read_floor_fraction", "peak_bytes"),
 )
 
 
@@ -95,16 +101,25 @@ def kernels_file(path: Path, device: torch.device) -> Path:
 
     ConfigError where there is no such folder, or where a GPU's rows cannot be appended to what the file holds.
     """
+    return _own_file(path, device, "kernels", KERNEL_COLUMNS)
+
+
+def generation_file(path: Path, device: torch.device) -> Path:
+    """The same for rows of generation."""
+    return _own_file(path, device, "generation", GENERATION_COLUMNS)
+
+
+def _own_file(path: Path, device: torch.device, kind: str, columns: Sequence[str]) -> Path:
     if path.is_dir():
         short = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).removeprefix("nvidia-").strip("-")
-        path /= f"kernels-{short}.csv"
+        path /= f"{kind}-{short}.csv"
     if not path.parent.is_dir():
         raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist.")
     if device.type == "cuda" and path.exists():
         with path.open(encoding="utf-8", newline="") as file:
             header = next(csv.reader(file), None)
-        if header and tuple(header) != KERNEL_COLUMNS:
-            raise ConfigError(f"{path} has other columns than kernel rows have: give another file.")
+        if header and tuple(header) != columns:
+            raise ConfigError(f"{path} has other columns than {kind} rows have: give another file.")
     return path
 
 
@@ -113,20 +128,49 @@ def write_kernels(path: Path, found: KernelBench, machine: Mapping[str, Any]) ->
     if machine["device_type"] != "cuda":
         path.write_text(to_csv([asdict(row) | dict(machine) for row in found.rows]), encoding="utf-8")
         return
-    common = {
+    common = _where(machine) | {"ceiling_gbs": _digits(found.ceiling_gbs)}
+    _append(path, KERNEL_COLUMNS, [common | _kernel_line(row) for row in found.rows if row.version != DENSE])
+
+
+def write_generation(path: Path, model: str, rows: Sequence[Latency], machine: Mapping[str, Any]) -> None:
+    """Append rows under GENERATION_COLUMNS, on a CPU too."""
+    _append(path, GENERATION_COLUMNS, [_where(machine) | _generation_line(model, row) for row in rows])
+
+
+def _where(machine: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "gpu": machine["device"],
-        "driver": machine["driver"],
+        "driver": machine["driver"] or "",
         "torch": machine["torch"],
         "commit": machine["commit"] or "unknown",
         "date": datetime.now(UTC).date().isoformat(),
-        "ceiling_gbs": _digits(found.ceiling_gbs),
     }
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     empty = not path.exists() or not path.stat().st_size
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=KERNEL_COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
         if empty:
             writer.writeheader()
-        writer.writerows(common | _kernel_line(row) for row in found.rows if row.version != DENSE)
+        writer.writerows(rows)
+
+
+def _generation_line(model: str, row: Latency) -> dict[str, Any]:
+    return {
+        "model": model,
+        "tier": row.tier,
+        "version": row.label,
+        "batch": row.batch,
+        "prompt_tokens": row.prompt_tokens,
+        "new_tokens": row.new_tokens,
+        "ms_per_token_p50": _digits(row.token_ms_p50),
+        "ms_per_token_p90": _digits(row.token_ms_p90),
+        "ttft_ms": _digits(row.ttft_ms),
+        "tokens_per_second": _digits(row.tokens_per_second),
+        "read_floor_fraction": _digits(row.read_floor_fraction),
+        "peak_bytes": row.peak_bytes,
+    }
 
 
 def _kernel_line(row: KernelRow) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from awq.cli.chat import chat
 from awq.cli.demo import demo
 from awq.cli.generate import generate
 from awq.cli.hardware import hardware
@@ -89,6 +90,7 @@ def start(
 
 app.command()(quantize)
 app.command()(generate)
+app.command()(chat)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.command()(inspect)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from awq.cli import options
+from awq.cli.generation import bench_float, bench_versions
 from awq.cli.hardware import judge
-from awq.cli.measure import BUILT_IN_TEXT, bench_float, bench_versions
+from awq.cli.measure import BUILT_IN_TEXT
 from awq.cli.output import format_bytes, print_json, print_table, say, to_json
 from awq.config import KERNEL_VERSIONS, QuantConfig
 from awq.errors import AwqError, MissingDependencyError, OutputExistsError
@@ -96,7 +97,7 @@ def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     say("3/5 perplexity, and KL divergence to the float model, of plain rounding, AWQ, and AWQ with fp16 channels")
     perplexities, salience, float_bytes = evaluate(source, finished, device)
     say("4/5 latency of one query for each kernel version")
-    settings = {"prompt_tokens": 64, "new_tokens": 32, "repeats": 3}
+    settings: dict[str, Any] = {"prompt_tokens": 64, "new_tokens": 32, "repeats": 3}
     latency, refused = bench_versions(
         partial(load_quantized, folder, device=device), ("auto", *KERNEL_VERSIONS), **settings
     )

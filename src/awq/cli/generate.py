@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from awq.cli import options
+from awq.cli.generation import head_effect
 from awq.cli.output import print_json, say
 from awq.errors import ConfigError
 
@@ -19,10 +20,15 @@ def generate(
     checkpoint: options.Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer or to continue.")],
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this share.")] = 1.0,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
+    head: options.Head = None,
     version: options.Version = None,
     kernel: Annotated[str | None, typer.Option(help="One backend by name, for bug reports.")] = None,
     device: options.Device = "auto",
@@ -31,8 +37,7 @@ def generate(
     as_json: options.Json = False,
 ) -> None:
     """Answer one prompt with a quantized model."""
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p={top_p} is out of range: use more than 0 and at most 1.")
+    sampling = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     target = options.torch_device(device)
     import torch
     from transformers import TextStreamer
@@ -40,18 +45,22 @@ def generate(
     from awq.bench.generation import Clock
     from awq.load import load_quantized
 
+    if head:
+        say(head_effect(checkpoint, head, target, revision, trust_remote_code))
     tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
     model = load_quantized(
         checkpoint,
         version=version,
         kernel=kernel,
         device=target,
+        head=head,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    if stop:
+        sampling |= {"stop_strings": stop, "tokenizer": tokenizer}
     clock = Clock(None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
@@ -59,7 +68,8 @@ def generate(
     figures = _figures(clock, prompt_tokens, output.shape[1] - prompt_tokens)
     if as_json:
         text = tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
-        print_json({"prompt": prompt, "text": text, **figures, "kernels": kernels_in_use(model)})
+        how = {"kernels": kernels_in_use(model), "engine": str(model.engine)}
+        print_json({"prompt": prompt, "text": text, **figures, **how})
     else:
         say(_line(figures))
 

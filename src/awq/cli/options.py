@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from awq.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,6 +21,17 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 TextColumn = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and hub rows.")]
 Version = Annotated[str | None, typer.Option(help="Pin the kernel version, GEMM or GEMV; else chosen per call.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder or a hub id.")]
+Reference = Annotated[str | None, typer.Option(help="The float model: a folder, a .gguf file or a hub id.")]
+Head = Annotated[
+    str | None, typer.Option(help="int8 rounds the float output head; what that does to perplexity is printed.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from so many likeliest tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this share.")]
+MinP = Annotated[float, typer.Option(min=0, max=1, help="Sample from tokens this likely next to the likeliest.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were said less likely.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
 
 
@@ -29,6 +42,24 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def sampling(
+    temperature: float, top_k: int | None, top_p: float, min_p: float, repetition_penalty: float
+) -> dict[str, Any]:
+    """The arguments of `generate` for these options; ConfigError for one out of range."""
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p={top_p} is out of range: use more than 0 and at most 1.")
+    if repetition_penalty <= 0:
+        raise ConfigError(f"repetition_penalty={repetition_penalty} is out of range: use more than 0, and 1 for none.")
+    found: dict[str, Any] = {"do_sample": temperature > 0}
+    if repetition_penalty != 1:
+        found["repetition_penalty"] = repetition_penalty
+    if temperature:
+        found |= {"temperature": temperature, "top_p": top_p}
+        found |= {"top_k": top_k} if top_k is not None else {}
+        found |= {"min_p": min_p} if min_p else {}
+    return found
 
 
 def torch_device(word: str) -> torch.device:

@@ -17,6 +17,14 @@
 //
 // Up to 8 rows (ROWS 8) are the 8 columns of float products with code - zero point, both exact, so their number costs
 // little; making planes of them would cost every block more than it saves (13.3 us at 12288 x 4096 and 4 rows).
+//
+// A fused decode step asks for more of one row:
+//
+//    NORM 1    x is the residual stream, float32, and what is multiplied is its RMSNorm. Its scale, one number, is put to
+//              the sums at the end, so that nothing waits for it.
+//    OUTPUT 1  y float32 += factor * result: the residual stream again
+//    OUTPUT 2  y = act(gate) * up: the first half of the tiles are gates, the second what they multiply, and a block
+//              takes a tile of each in turn
 #include "common.cuh"
 #include "dequantize.cuh"
 
@@ -32,6 +40,15 @@
 #ifndef WARPS  // that multiply
 #define WARPS 16
 #endif
+#ifndef NORM
+#define NORM 0
+#endif
+#ifndef OUTPUT  // 0 y, 1 y added to the residual stream, 2 act(gate) * up
+#define OUTPUT 0
+#endif
+#ifndef ACTIVATION  // of OUTPUT 2: 0 SiLU, 1 GELU, 2 GELU by tanh
+#define ACTIVATION 0
+#endif
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
@@ -40,7 +57,7 @@ constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
 constexpr int SLOTS = 16;                          // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
-constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24;
+constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24, MAX_KEPT = 8;
 constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
 constexpr u32 MAGIC = 0x4B400000;              // the float 1.5 * 2^23: adding an integer below 2^22 puts it in the mantissa
@@ -63,6 +80,12 @@ struct Params {
   int in_flight;       // stages requested and not arrived, at most
   int slots;           // tiles whose sums wait for the output warp (2^n): no fewer than lie between two of a math warp
   int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
+#if NORM || OUTPUT
+  const float* norm;   // [in_features] weight of the norm
+  float share, epsilon;  // of the mean of squares: 1 / width, and what is added to it
+  float factor;        // of OUTPUT 1
+  int half;            // tiles of gates of OUTPUT 2
+#endif
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
@@ -87,13 +110,19 @@ DEVICE u32 full_stage(const Layout& s, int i) { return s.barriers + 8 * i; }
 DEVICE u32 empty_stage(const Layout& s, int i) { return s.barriers + 8 * (MAX_STAGES + i); }
 DEVICE u32 full_chunk(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + i); }
 DEVICE u32 full_kept(const Layout& s, int i) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + MAX_CHUNKS + i); }
+DEVICE u32 squares(const Layout& s) { return s.barriers + 8 * (2 * (MAX_STAGES + SLOTS) + MAX_CHUNKS + MAX_KEPT); }
 DEVICE u32 full_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + i); }
 DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX_STAGES + SLOTS + i); }
 
 // This block's tiles are blockIdx.x, blockIdx.x + gridDim.x, ...: neighbours in memory are read at the same time (in one
 // run of tiles a block instead, 12288 x 4096 took 3 % longer).
+#if OUTPUT == 2  // tiles and extra count pairs
+DEVICE int count_tiles(const Params& p) { return 2 * (p.tiles + ((int)blockIdx.x < p.extra)); }
+DEVICE int tile_at(const Params& p, int i) { return (i & 1) * p.half + (int)blockIdx.x + (i >> 1) * (int)gridDim.x; }
+#else
 DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.extra); }
-DEVICE int tile_at(int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
+DEVICE int tile_at(const Params& p, int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
+#endif
 // The how manieth tile in its slot.
 DEVICE int turn_of(const Params& p, int tile) { return tile >> __popc(p.slots - 1); }
 // Warps that have a unit of a given tile.
@@ -133,12 +162,17 @@ DEVICE void await(u32 at, int turn, int warps) {
 // 8 k of a k16 step, 4d..4d+3 and 4d+8..4d+11 (d = part % 2), become 8 bytes of each plane, the blocks 2d and 2d + 1, and
 // each group an entry of the table: {step, sum / 65536}. A step is worth 1/16 of the last plane's unit, since the odd
 // steps' codes come 16 times too large.
+#if NORM
+DEVICE void make_planes(const Layout& s, const float (&v)[8], bool there, int part) {
+  float most = 0.f, sum = 0.f;
+#else
 DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
   float v[8], most = 0.f, sum = 0.f;
   widen2(raw.x, v[0], v[1]);
   widen2(raw.y, v[2], v[3]);
   widen2(raw.z, v[4], v[5]);
   widen2(raw.w, v[6], v[7]);
+#endif
 #pragma unroll
   for (int e = 0; e < 8; e++) { most = fmaxf(most, fabsf(v[e])); sum += v[e]; }
 #pragma unroll
@@ -180,6 +214,57 @@ DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 
 // One row: loads, planes, stores. Four chunks at a time: one after the other each would wait for the second-level cache,
 // and all of 28672 channels at once took 2 us in which the math stood still.
+#if NORM  // 8 floats and the norm's weights of them, which do not wait for an earlier kernel
+constexpr int AT_ONCE = 2;
+struct Part { float4 x[2], weight[2]; };
+DEVICE void load_weight(Part& to, const Params& p, int part) {
+  bool there = 8 * part < p.in_features;
+#pragma unroll
+  for (int e = 0; e < 2; e++)
+    to.weight[e] = there ? __ldg((const float4*)(p.norm + 8 * part) + e) : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+DEVICE void load_x(Part& to, const Params& p, int part) {
+  bool there = 8 * part < p.in_features;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    uint4 raw = there ? load_fresh16((const float*)p.x + 8 * part + 4 * e) : make_uint4(0, 0, 0, 0);
+    to.x[e] = make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+  }
+}
+// As below, and the sum of squares.
+DEVICE void store_part(const Params& p, const Layout& s, const Part& part_of, int part, float& square) {
+  bool upper = part & 1;
+  float v[8], a[4], b[4], w[8];
+  *(float4*)a = part_of.x[0];
+  *(float4*)b = part_of.x[1];
+  *(float4*)w = part_of.weight[0];
+  *(float4*)(w + 4) = part_of.weight[1];
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    square = fmaf(a[e], a[e], fmaf(b[e], b[e], square));
+    a[e] *= w[e];
+    b[e] *= w[4 + e];
+    float other = __shfl_xor_sync(~0u, upper ? a[e] : b[e], 1);
+    v[e] = upper ? other : a[e];
+    v[4 + e] = upper ? b[e] : other;
+  }
+  make_planes(s, v, part < p.units * (UNIT_K / 8), part);
+}
+// A warp's squares for the output warp, which waits for all of them: see wait_for_squares.
+DEVICE void hand_over_squares(const Layout& s, int warp, int lane, float square) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) square += __shfl_xor_sync(~0u, square, o);
+  if (lane == 0) store_shared4(squares(s) + 4 * warp, __float_as_uint(square));
+  asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");
+}
+DEVICE float wait_for_squares(const Params& p, const Layout& s) {
+  named_barrier(2, MATH_THREADS + 32);
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) sum += __uint_as_float(load_shared4(squares(s) + 4 * i));
+  return rsqrtf(fmaf(sum, p.share, p.epsilon));
+}
+#else
 constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
   return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
@@ -190,6 +275,7 @@ DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
   u32 x = __shfl_xor_sync(~0u, upper ? raw.x : raw.z, 1), y = __shfl_xor_sync(~0u, upper ? raw.y : raw.w, 1);
   make_planes(s, upper ? make_uint4(x, y, raw.z, raw.w) : make_uint4(raw.x, raw.y, x, y), part < p.units * (UNIT_K / 8), part);
 }
+#endif
 
 // Several rows: 8 k of each to where they are.
 DEVICE void copy_part(const Params& p, const Layout& s, int part) {
@@ -418,12 +504,25 @@ DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ri
 template <template <int> class X, int KEEP>
 DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int warp, int lane) {
   if constexpr (ONE) {
+#if NORM
+    Part parts[KEEP];
+    float square = 0.f;
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) load_weight(parts[k], p, k * MATH_THREADS + thread);
+    wait_for_earlier_kernels();
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) load_x(parts[k], p, k * MATH_THREADS + thread);
+#pragma unroll
+    for (int k = 0; k < KEEP; k++) store_part(p, s, parts[k], k * MATH_THREADS + thread, square);
+    hand_over_squares(s, warp, lane, square);
+#else
     wait_for_earlier_kernels();
     uint4 raw[KEEP];
 #pragma unroll
     for (int k = 0; k < KEEP; k++) raw[k] = load_part(p, k * MATH_THREADS + thread);
 #pragma unroll
     for (int k = 0; k < KEEP; k++) store_part(p, s, raw[k], k * MATH_THREADS + thread);
+#endif
     named_barrier(1, MATH_THREADS);
   } else {
     wait_for_earlier_kernels();
@@ -459,7 +558,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
   Ring ring = {0, 0};
 #else
   auto fetch = [&](Unit& to, int tile, int unit) {
-    u64 at = (u64)tile_at(tile) * p.units + unit;
+    u64 at = (u64)tile_at(p, tile) * p.units + unit;
     const u8 *codes = p.codes + at * UNIT_BYTES, *record = p.affine + at * RECORD;
     read_unit(to, [&](int i) { return load_stream16(codes + i); }, [&](int i) { return __ldg((const u32*)(record + i)); },
               [&](int i) { return (u32)__ldg(record + i); }, lane);
@@ -485,20 +584,43 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     unit = next;
   };
   if constexpr (ONE) {
+#if NORM
+    Part parts[AT_ONCE];
+    float square = 0.f;
+    auto load_weights = [&](int first) {
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) load_weight(parts[b], p, (first + b) * MATH_THREADS + thread);
+    };
+    auto load_parts = [&](int first) {
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) load_x(parts[b], p, (first + b) * MATH_THREADS + thread);
+    };
+    load_weights(0);
+    wait_for_earlier_kernels();
+#else
     wait_for_earlier_kernels();
     uint4 raw[AT_ONCE];
     auto load_parts = [&](int first) {
 #pragma unroll
       for (int b = 0; b < AT_ONCE; b++) raw[b] = load_part(p, (first + b) * MATH_THREADS + thread);
     };
+#endif
     load_parts(0);
 #pragma unroll 1
     for (int first = 0; first < chunks; first += AT_ONCE) {
 #pragma unroll
       for (int b = 0; b < AT_ONCE; b++)
+#if NORM
+        if (first + b < chunks) store_part(p, s, parts[b], (first + b) * MATH_THREADS + thread, square);
+      if (first + AT_ONCE >= chunks) hand_over_squares(s, warp, lane, square);
+#else
         if (first + b < chunks) store_part(p, s, raw[b], (first + b) * MATH_THREADS + thread);
+#endif
       named_barrier(1, MATH_THREADS);
       if (first + AT_ONCE >= chunks) break;
+#if NORM
+      load_weights(first + AT_ONCE);
+#endif
       load_parts(first + AT_ONCE);
 #pragma unroll 1
       for (int b = 0; b < AT_ONCE; b++) stage();
@@ -543,7 +665,7 @@ struct Gather {
       channels[j] = i < p.kept_steps * 16 ? __ldg(p.index + i) : -1;
     }
   }
-  DEVICE void run(const Params& p, const Layout& s, int lane) {
+  DEVICE void run(const Params& p, const Layout& s, int lane, float norm_scale = 1.f) {
     int width = p.kept_steps * 16;
 #pragma unroll 1
     for (int from = lane; from < width; from += 32 * TOGETHER) {
@@ -553,7 +675,11 @@ struct Gather {
       for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
+#if NORM
+          v[j][row] = channels[j] >= 0 ? narrow(load_fresh_float((const float*)p.x + channels[j]) * __ldg(p.norm + channels[j]) * norm_scale) : (u16)0;
+#else
           v[j][row] = channels[j] >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + channels[j]) : (u16)0;
+#endif
 #pragma unroll
       for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
@@ -570,7 +696,7 @@ struct Gather {
 DEVICE void copy_kept(const Params& p, const Layout& s, int i) {
   int slot = i & (p.kept_ahead - 1), bytes = p.kept_steps * KEPT_STEP;
   barrier_expect(full_kept(s, slot), bytes);
-  copy_bulk(s.kept + slot * bytes, p.kept + (u64)tile_at(i) * bytes, bytes, full_kept(s, slot));
+  copy_bulk(s.kept + slot * bytes, p.kept + (u64)tile_at(p, i) * bytes, bytes, full_kept(s, slot));
 }
 #endif
 
@@ -598,9 +724,21 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
     return;
   }
 #endif
-  const u8* from = p.kept + (u64)tile_at(i) * p.kept_steps * KEPT_STEP;
+  const u8* from = p.kept + (u64)tile_at(p, i) * p.kept_steps * KEPT_STEP;
   multiply_kept(p, s, lane, d, [&](int at) { return load_stream16(from + at); });
 }
+
+#if OUTPUT == 2
+DEVICE float activated(float x) {
+#if ACTIVATION == 0
+  return x / (1.f + __expf(-x));
+#elif ACTIVATION == 1
+  return 0.5f * x * (1.f + erff(x * 0.70710678f));
+#else
+  return x / (1.f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
+#endif
+}
+#endif
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
@@ -611,18 +749,30 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   Gather kept;
   if (p.kept_steps) kept.load_channels(p, lane);
   auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f; };
-  float bias[2] = {bias_at(tile_at(0) * TILE_ROWS + r), bias_at(tile_at(0) * TILE_ROWS + r + 8)};
+  float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
+#if NORM
+  const float norm_scale = wait_for_squares(p, s);
+  if (p.kept_steps) kept.run(p, s, lane, norm_scale);
+#else
   if (p.kept_steps) kept.run(p, s, lane);
+#endif
+#if OUTPUT == 2
+  float gate[2] = {0.f, 0.f};
+#endif
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
-    int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(i) * TILE_ROWS + r;
+    int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(p, i) * TILE_ROWS + r;
     float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {};
-    bias[0] = bias_at(tile_at(i + 1) * TILE_ROWS + r);  // a tile ahead
-    bias[1] = bias_at(tile_at(i + 1) * TILE_ROWS + r + 8);
+#if OUTPUT == 1  // under way while the sums are awaited
+    float before[2] = {n < p.out_features ? load_fresh_float((const float*)p.y + n) : 0.f,
+                       n + 8 < p.out_features ? load_fresh_float((const float*)p.y + n + 8) : 0.f};
+#endif
+    bias[0] = bias_at(tile_at(p, i + 1) * TILE_ROWS + r);  // a tile ahead
+    bias[1] = bias_at(tile_at(p, i + 1) * TILE_ROWS + r + 8);
     if (p.kept_steps) add_kept(p, s, i, count, lane, d);
     await(full_slot(s, slot), turn_of(p, i), several);
     u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
@@ -647,8 +797,24 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
         sums[0] += __shfl_xor_sync(~0u, sums[0], o);
         sums[1] += __shfl_xor_sync(~0u, sums[1], o);
       }
+#if NORM
+      sums[0] *= norm_scale;
+      sums[1] *= norm_scale;
+#endif
+#if OUTPUT == 1
+      float* y = (float*)p.y;
+      if (c == 0 && n < p.out_features) y[n] = fmaf(p.factor, sums[0] + d[0], before[0]);
+      if (c == 0 && n + 8 < p.out_features) y[n + 8] = fmaf(p.factor, sums[1] + d[2], before[1]);
+#elif OUTPUT == 2  // whole tiles: half of them times 16 is the width of y
+      int at = n - (i & 1) * p.half * TILE_ROWS;
+      if (c == 0 && (i & 1)) p.y[at] = narrow(activated(gate[0]) * (sums[0] + d[0]));
+      if (c == 0 && (i & 1)) p.y[at + 8] = narrow(activated(gate[1]) * (sums[1] + d[2]));
+      gate[0] = sums[0] + d[0];
+      gate[1] = sums[1] + d[2];
+#else
       if (c == 0 && n < p.out_features) p.y[n] = narrow(sums[0] + d[0]);
       if (c == 0 && n + 8 < p.out_features) p.y[n + 8] = narrow(sums[1] + d[2]);
+#endif
     } else {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
@@ -680,7 +846,7 @@ struct Copier {
     barrier_expect(full, count * (UNIT_BYTES + RECORD));
     for (int done = 0; done < count;) {  // runs of units that lie together
       int run = p.units - unit < count - done ? p.units - unit : count - done;
-      u64 at = (u64)tile_at(tile) * p.units + unit;
+      u64 at = (u64)tile_at(p, tile) * p.units + unit;
       copy_bulk(to + done * UNIT_BYTES, p.codes + at * UNIT_BYTES, run * UNIT_BYTES, full, policy);
       copy_bulk(to + STAGE_CODES + done * RECORD, p.affine + at * RECORD, run * RECORD, full, policy);
       done += run;

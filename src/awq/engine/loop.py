@@ -1,0 +1,174 @@
+"""One query from its prompt to its last token. Steps are enqueued ahead; the host reads tokens behind, and decides.
+
+The device never learns that a sequence has ended: rows are independent, so the host replaces what comes after by
+padding, and drops the few steps that were enqueued before it knew. That number is fixed, so a seed repeats.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awq.engine.cache import PROMPTS, KVCache, bucket_of
+from awq.engine.forward import prompt_logits
+from awq.engine.query import PLAIN_ARGUMENTS, Query
+from awq.engine.sample import Sampler
+from awq.engine.step import Step
+
+AHEAD = 2  # steps enqueued before the token of an earlier one is read: one runs while the host looks at the last
+
+
+@dataclass
+class Way:
+    """How decode steps run: captured in CUDA graphs, or each launched from here."""
+
+    step: Step
+    captured: bool
+
+
+class Run:
+    """A query on its way. The cache is empty, or holds the conversation so far."""
+
+    def __init__(
+        self, model: Any, way: Way, cache: KVCache, sampler: Sampler, query: Query, padded_prompts: bool = False
+    ) -> None:
+        self.model, self.way, self.cache, self.sampler, self.query = model, way, cache, sampler, query
+        self.batch, self.prompt = query.tokens.shape
+        self.length = self.past = 0  # tokens in the cache: once all that was enqueued has run, and before the answer
+        self.padded_prompts = padded_prompts
+        self.ragged_way: Way | None = None  # the way where there is padding between tokens
+        self.ahead = AHEAD if way.captured and not query.at_once else 0
+
+    def answer(self) -> Tensor:
+        """The new tokens [batch, count] on the CPU, counted as transformers counts them."""
+        query, rows, finished = self.query, [], [False] * self.batch
+        text = query.tokens.cpu() if query.criteria else None
+        for tokens in self._tokens():
+            if query.ends:
+                tokens = [query.pad if done else token for token, done in zip(tokens, finished, strict=True)]
+            rows.append(torch.tensor(tokens))
+            finished = [done or token in query.ends for token, done in zip(tokens, finished, strict=True)]
+            if text is not None:
+                text = torch.cat([text, rows[-1][:, None]], dim=1)
+                finished = self._asked(text, finished)
+            if query.streamer is not None:
+                query.streamer.put(rows[-1])
+            if all(finished):
+                break
+        if query.streamer is not None:
+            query.streamer.end()
+        self.cache.set_length(self.past + len(rows) - 1)
+        return torch.stack(rows, dim=1)
+
+    def _asked(self, text: Tensor, finished: list[bool]) -> list[bool]:
+        """Who is finished by what the criteria say of `text`."""
+        for criterion in self.query.criteria:
+            seen = text.to(self.query.tokens.device) if self.query.at_once else text
+            says = criterion(seen, None)
+            finished = [done or bool(now) for done, now in zip(finished, torch.as_tensor(says).tolist(), strict=True)]
+        return finished
+
+    def _tokens(self) -> Iterator[list[int]]:
+        """The new tokens of every row, step by step; the caller stops when it has seen enough."""
+        waiting: deque[tuple[Tensor, Any]] = deque()
+        self._prefill()
+        waiting.append(self._read())
+        for _ in range(1, self.query.max_new):
+            if len(waiting) > self.ahead:
+                yield _arrived(waiting.popleft())
+            self._decode()
+            waiting.append(self._read())
+        while waiting:
+            yield _arrived(waiting.popleft())
+
+    def _prefill(self) -> None:
+        """The prompt into the cache, and the first token."""
+        query, cache = self.query, self.cache
+        if self._captured_prompt():
+            columns = cache.set_prompt(query.tokens)
+            cache.set_padding(None)
+            cache.set_positions(cache.last[None] + 1, self.batch)
+            self._begin(self.prompt)
+            key = ("prompt", self.batch, columns, cache.capacity, self.sampler, query.sampling.form)
+            cache.graphs.run(key, lambda: self._read_prompt(columns))
+            cache.set_length(self.prompt)
+            return
+        arguments = query.arguments | {"past_key_values": cache}
+        output = self.model._prefill(query.tokens, query.config, arguments)
+        arguments = self.model._update_model_kwargs_for_generation(output, arguments)
+        cache.set_padding(arguments.get("attention_mask"))
+        if cache.ragged and self.ragged_way is not None:
+            self.way = self.ragged_way
+        cache.set_positions(arguments.get("position_ids"), self.batch)
+        self._begin(cache.get_seq_length())
+        self._choose(output.logits[:, -1])
+
+    def _captured_prompt(self) -> bool:
+        """Whether the prompt is of a kind that graphs are recorded for: not too long, nothing but text, no padding."""
+        query = self.query
+        mask, positions = query.arguments.get("attention_mask"), query.arguments.get("position_ids")
+        others = {name for name, value in query.arguments.items() if value is not None} - PLAIN_ARGUMENTS
+        if not (self.way.captured and self.padded_prompts) or others or query.cache is not None:
+            return False
+        if self.prompt > PROMPTS[-1] or query.config.prefill_chunk_size is not None:
+            return False
+        counted = torch.arange(self.prompt, device=query.tokens.device)
+        as_counted = positions is None or (positions.shape[-1] == self.prompt and bool((positions == counted).all()))
+        return as_counted and (mask is None or bool(mask.all()))
+
+    def _read_prompt(self, columns: int) -> None:
+        cache = self.cache
+        self._choose(prompt_logits(self.model, cache.prompt[: self.batch, :columns], cache.last, cache))
+
+    def _begin(self, length: int) -> None:
+        self.length = self.past = length
+        self.cache.slot.fill_(length)
+        self.sampler.start(self.query.sampling, self.query.tokens)
+
+    def _decode(self) -> None:
+        cache, step = self.cache, self.way.step
+        if self.length >= cache.capacity:
+            cache.set_length(self.length)
+            cache.grow(self.length + 1)
+        if self.way.captured:
+            bucket = min(bucket_of(self.length + 1), cache.capacity)
+            with cache.stepping(bucket):
+                key = (step, self.batch, bucket, cache.capacity, self.sampler, self.query.sampling.form)
+                cache.graphs.run(key, self._advance)
+        else:
+            self._advance()
+        self.length += 1
+
+    def _advance(self) -> None:
+        """What is captured: one token of every row through the model, the next one chosen, and the count."""
+        cache = self.cache
+        self._choose(self.way.step.decode(cache.tokens[: self.batch], cache.next_positions(), cache))
+        cache.slot.add_(1)
+        cache.positions.add_(1)
+
+    def _choose(self, logits: Tensor) -> None:
+        self.cache.tokens[: self.batch].copy_(self.sampler(logits))
+
+    def _read(self) -> tuple[Tensor, Any]:
+        """A copy of the tokens on its way to the host."""
+        tokens = self.cache.tokens[: self.batch, 0]
+        if tokens.device.type != "cuda":
+            return tokens.clone(), None
+        copy = torch.empty(self.batch, dtype=torch.int64, pin_memory=True)
+        event = torch.cuda.Event()
+        copy.copy_(tokens, non_blocking=True)
+        event.record(torch.cuda.current_stream(tokens.device))
+        return copy, event
+
+
+def _arrived(reading: tuple[Tensor, Any]) -> list[int]:
+    tokens, event = reading
+    if event is not None:
+        event.synchronize()
+    found: list[int] = tokens.tolist()
+    return found
