@@ -41,7 +41,8 @@ ALLOWED = {
     "data": {"errors"},
     "calibration": {"config", "data", "errors"},
     "evaluate": {"config", "data", "errors"},
-    "source": {"checkpoint", "config", "errors", "hardware"},
+    "outline": {"checkpoint", "errors"},
+    "source": {"checkpoint", "config", "errors", "hardware", "outline"},
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
@@ -49,7 +50,7 @@ ALLOWED = {
     | {"progress"}
     | {"source"}
     | GROUND,
-    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
+    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "outline", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }

@@ -24,8 +24,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from awq.checkpoint.files import TensorFiles
+from awq.checkpoint.files import TensorFiles, inside
+from awq.checkpoint.gguf import check_gguf
+from awq.checkpoint.limits import check_folder, check_tokenizer
 from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
+from awq.outline import check_outline
 
 # Everything a model folder needs and nothing that runs code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
@@ -33,7 +36,10 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokeniz
 _PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja")
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
 # What readers of damaged files and unknown architectures have been seen to raise.
-_UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, MemoryError, struct.error, hub_errors.StrictDataclassError),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Source:
 
     @property
     def _where(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf} if self.gguf else {"trust_remote_code": self.trust_remote_code}
+        return ({"gguf_file": self.gguf} if self.gguf else {}) | {"trust_remote_code": self.trust_remote_code}
 
     def weight_files(self) -> list[Path]:
         return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
@@ -55,10 +61,12 @@ class Source:
     def processor_files(self) -> dict[str, Path]:
         """The files of the processor, by their name in the folder: they are saved beside the quantized weights."""
         found = {path for pattern in _PROCESSOR_FILES for path in self.folder.glob(pattern)}
-        return {} if self.gguf else {str(path.relative_to(self.folder)): path for path in sorted(found)}
+        names = sorted(str(path.relative_to(self.folder)) for path in found)
+        return {} if self.gguf else {name: inside(self.folder, name) for name in names}
 
     def config(self) -> PretrainedConfig:
-        with _one_sentence(self.name, "configuration"):
+        held = check_gguf(self.folder / self.gguf) if self.gguf else TensorFiles(self.folder).held()
+        with one_sentence(self.name, "configuration"):
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **self._where)
         if self.gguf:
             # transformers has dequantized it by then; left in, it would pass the result off as still quantized
@@ -68,23 +76,28 @@ class Source:
             raise CheckpointError(
                 f"{self.name} is already quantized ({method}): quantize its float original, or load it as it is."
             )
+        if not self.trust_remote_code:
+            with one_sentence(self.name, "architecture"):
+                check_outline(auto_class(config), config, held, self.name)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        with _one_sentence(self.name, "tokenizer"):
+        check_tokenizer(self.folder)
+        with one_sentence(self.name, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._where)
 
     def load(self, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> Any:
         """The float model in eval mode. A GGUF is dequantized to `dtype` (float16 for "auto")."""
         if self.gguf and dtype == "auto":
             dtype = torch.float16
-        with _one_sentence(self.name, "weights"):
+        with one_sentence(self.name, "weights"):
             loaded: Any = auto_class(self.config()).from_pretrained(
                 self.folder,
                 dtype=dtype,
                 device_map=device_map,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                use_safetensors=None if self.gguf else True,
                 **self._where,
                 **options,
             )
@@ -128,6 +141,7 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
             return Source(str(model), folder, ggufs[0].name)
         reason = f"it has {len(ggufs)} GGUF files: name one" if ggufs else "it has no config.json"
         raise CheckpointError(f"{model} is not a model folder: {reason}.")
+    check_folder(folder, trust_remote_code)
     TensorFiles(folder)  # opens every file: a missing, truncated or pickled one is a CheckpointError
     return source
 
@@ -162,7 +176,7 @@ def find_folder(model: str | Path, *, revision: str | None = None, code: bool = 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """The model of `config` with its weights on the meta device (buffers, such as rotary tables, are real)."""
-    with accelerate.init_empty_weights(include_buffers=False), _one_sentence(config.model_type, "architecture"):
+    with accelerate.init_empty_weights(include_buffers=False), one_sentence(config.model_type, "architecture"):
         return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
@@ -231,12 +245,24 @@ def _check_found(name: str, found: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_sentence(name: str, part: str) -> Iterator[None]:
+def one_sentence(name: object, part: str) -> Iterator[None]:
     """Turn what transformers raises for an unreadable model into a CheckpointError that names it."""
     try:
         yield
     except AwqError:
         raise
-    except _UNREADABLE as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"cannot read the {part} of {name}: {reason}") from error
+    except BaseException as error:
+        if not _is_unreadable(error):
+            raise
+        raise CheckpointError(f"cannot read the {part} of {name}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line, and the second where the first only announces it."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+
+
+def _is_unreadable(error: BaseException) -> bool:
+    """Whether a reader raised it; tokenizers, in Rust, raises bare exceptions, and panics that are none."""
+    return isinstance(error, _UNREADABLE) or type(error) is Exception or type(error).__name__ == "PanicException"

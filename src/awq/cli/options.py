@@ -43,11 +43,15 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
     """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
     from transformers import AutoTokenizer
 
+    from awq.checkpoint.limits import check_folder, check_tokenizer
     from awq.errors import CheckpointError
-    from awq.source import find_folder
+    from awq.source import find_folder, one_sentence
 
     path = find_folder(folder, revision=revision)
+    check_folder(path, trust_remote_code)
+    check_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        with one_sentence(folder, "tokenizer"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error
