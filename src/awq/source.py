@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import accelerate
 import huggingface_hub
+import jinja2
 import torch
 from huggingface_hub import errors as hub_errors
 from torch import nn
@@ -31,14 +33,18 @@ from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundErro
 from awq.outline import check_outline
 
 # Everything a model folder needs and nothing that runs code.
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
-# What turns images, sound and chats into a model's inputs; it belongs beside the quantized weights as it is.
-_PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*", "README.md"]
+_HUB_FILES += (_LICENCES := ["LICENSE*", "NOTICE*"])
+# What turns images, sound and chats into a model's inputs, and the licence: as they are, beside the quantized weights.
+_BESIDE = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja", *_LICENCES)
+# In the first lines of a model card, between two of ---.
+_LICENCE_LINE = re.compile(r"""^(license(?:_name|_link)?):[ \t]*["']?([^"'\n]+?)["']?[ \t]*$""", re.MULTILINE)
+_CARD_BYTES = 1 << 16
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
 # What readers of damaged files and unknown architectures have been seen to raise.
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, MemoryError, struct.error, hub_errors.StrictDataclassError),
+    *(AssertionError, MemoryError, struct.error, hub_errors.StrictDataclassError, jinja2.TemplateError),
 )
 
 
@@ -60,7 +66,7 @@ class Source:
 
     def processor_files(self) -> dict[str, Path]:
         """The files of the processor, by their name in the folder: they are saved beside the quantized weights."""
-        found = {path for pattern in _PROCESSOR_FILES for path in self.folder.glob(pattern)}
+        found = {path for pattern in _BESIDE for path in self.folder.glob(pattern) if path.is_file()}
         names = sorted(str(path.relative_to(self.folder)) for path in found)
         return {} if self.gguf else {name: inside(self.folder, name) for name in names}
 
@@ -107,6 +113,18 @@ class Source:
             drop_quantization(model.config)
             model.hf_quantizer = None
         return model.eval()
+
+    def origin(self) -> dict[str, str]:
+        """What a model card says of the source: its hub id, and the licence that its own card names."""
+        path = inside(self.folder, "README.md")
+        if self.gguf or not path.is_file():
+            card = ""
+        else:
+            with path.open("rb") as file:
+                card = file.read(_CARD_BYTES).decode("utf-8", "replace")
+        header = card.partition("\n---")[0] if card.startswith("---") else ""
+        known = {key: value for key, value in _LICENCE_LINE.findall(header) if value.isprintable()}
+        return known if Path(self.name).expanduser().exists() else {"id": self.name, **known}
 
     def fingerprint(self) -> str:
         """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes."""

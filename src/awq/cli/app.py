@@ -16,6 +16,7 @@ from awq.cli.hardware import hardware
 from awq.cli.inspect import inspect
 from awq.cli.measure import bench, evaluate
 from awq.cli.output import say
+from awq.cli.push import push
 from awq.cli.quantize import quantize
 from awq.errors import AwqError
 
@@ -92,6 +93,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.command()(inspect)
+app.command()(push)
 app.command()(hardware)
 app.command()(demo)
 
