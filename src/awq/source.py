@@ -32,9 +32,10 @@ from awq.checkpoint.limits import check_folder, check_tokenizer
 from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
 from awq.outline import check_outline
 
+_LICENCES = ("LICENSE*", "NOTICE*")
 # Everything a model folder needs and nothing that runs code.
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*", "README.md"]
-_HUB_FILES += (_LICENCES := ["LICENSE*", "NOTICE*"])
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
+_HUB_FILES += ["README.md", *_LICENCES]
 # What turns images, sound and chats into a model's inputs, and the licence: as they are, beside the quantized weights.
 _BESIDE = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja", *_LICENCES)
 # In the first lines of a model card, between two of ---.
