@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch.nn.modules.module import (
 from awq.checkpoint.files import Held
 from awq.errors import CheckpointError
 
-# A tensor of a file may be several in the model, and buffers are in no file: a causal mask of 8192 x 8192 is 2**26.
-_PLACES_A_TENSOR = 8
-_SLACK_VALUES, _SLACK_PLACES = 1 << 27, 4096
+# A tensor of a file may be several in the model; buffers need not be in a file: a causal mask of 8192 x 8192 is 2**26.
+_PLACES_A_TENSOR, _MORE_PLACES = 8, 1024
+_MORE_VALUES, _BUFFER_VALUES = 1 << 20, 1 << 27
 
 
 def check_outline(auto: Any, config: Any, held: Held, name: str) -> None:
@@ -31,20 +31,27 @@ def check_outline(auto: Any, config: Any, held: Held, name: str) -> None:
 
 @contextmanager
 def _limited(held: Held, name: str) -> Iterator[None]:
-    left = [_SLACK_PLACES + _PLACES_A_TENSOR * held.tensors, _SLACK_VALUES + held.values]
+    places = _MORE_PLACES + _PLACES_A_TENSOR * held.tensors
+    parameters = _counter(name, places, _MORE_VALUES + held.values)
+    buffers = _counter(name, places, _BUFFER_VALUES + held.values)
+    hooks = [register_module_parameter_registration_hook(parameters), register_module_buffer_registration_hook(buffers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _counter(name: str, places: int, values: int) -> Callable[..., None]:
+    left = [places, values]
 
     def count(_module: Any, _key: str, tensor: torch.Tensor | None) -> None:
         left[0] -= 1
         left[1] -= 0 if tensor is None else tensor.numel()
         if min(left) < 0:
             raise CheckpointError(
-                f"{name} has weight files of {held.tensors} tensors, and a config.json that describes a much larger "
-                "model: one of them is of another model."
+                f"{name} has a config.json that describes a much larger model than its weight files hold: one of them "
+                "is of another model."
             )
 
-    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return count

@@ -26,7 +26,7 @@ from awq.errors import CheckpointError
 from awq.load import load_dequantized
 from awq.recipe import quantize_folder
 from awq.source import find_source
-from tests.checkpoint.small import random_packed, raw_tensors, write_raw, write_small
+from tests.checkpoint.small import write_raw, write_small
 from tests.tiny import save_tiny, save_tiny_gguf
 
 Entry = dict[str, Any]
@@ -350,12 +350,24 @@ GGUFS: list[tuple[str, bytes, str]] = [
     ("settings without end", gguf(count=2**63), "truncated or damaged"),
     ("tensors without end", gguf(tensors=2**63), "truncated or damaged"),
     ("key beyond the end", gguf(number("Q", 2**62), 1), "inside its header"),
-    ("list without end", gguf(text("a") + number("I", 9) + number("I", 0) + number("Q", 2**62), 1), "more than 4194304"),
-    ("list beyond the end", gguf(text("a") + number("I", 9) + number("I", 6) + number("Q", 99), 1), "inside its header"),
+    (
+        "list without end",
+        gguf(text("a") + number("I", 9) + number("I", 0) + number("Q", 2**62), 1),
+        "more than 4194304",
+    ),
+    (
+        "list beyond the end",
+        gguf(text("a") + number("I", 9) + number("I", 6) + number("Q", 99), 1),
+        "inside its header",
+    ),
     ("texts beyond the end", gguf(text("a") + number("I", 9) + number("I", 8) + number("Q", 99), 1), "truncated"),
     ("list of lists", gguf(text("a") + number("I", 9) + number("I", 9) + number("Q", 1), 1), "a list of type 9"),
     ("no type", gguf(text("a") + number("I", 99), 1), "a setting of type 99"),
-    ("many layers", gguf(text("llama.block_count") + number("I", 4) + number("I", 2**31), 1), "block_count to more than"),
+    (
+        "many layers",
+        gguf(text("llama.block_count") + number("I", 4) + number("I", 2**31), 1),
+        "block_count to more than",
+    ),
     ("dimensions", gguf(text("a") + number("I", 2**31), 0, 1), "2147483648 dimensions"),
     ("key in no encoding", gguf(number("Q", 1) + b"\xff" + number("I", 0) + b"1", 1), "truncated or damaged"),
 ]
@@ -392,21 +404,13 @@ def test_conversion_reads_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_gigabytes_of_linears(tmp_path: Path) -> None:
-    """Two linears that share their tensors' bytes are one too many for safetensors, whatever they are called."""
-    tensors = {**raw_tensors(), "c.d.qweight": random_packed().qweight}
-    folder = write_raw(tmp_path, tensors)
-    with pytest.raises(CheckpointError, match=r"lacks c\.d\.qzeros"):
-        open_checkpoint(folder)
-
-
-@pytest.mark.parametrize("kind", ["float", "quantized", "gguf"])
-def test_random_damage_within_a_limit_of_memory(models: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "rounds"), [("float", 50), ("quantized", 50), ("gguf", 25)])
+def test_random_damage_within_a_limit_of_memory(models: dict[str, Path], kind: str, rounds: int) -> None:
     """In a process that may take 1 GiB more than it starts with: only sentences, or a model that loads."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz", models[kind], "0", "60"]
+    command = [sys.executable, "-m", "tests.fuzz", models[kind], "0", rounds]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.splitlines()[-1]) > 10, done.stdout
