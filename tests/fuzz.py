@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from awq.bounds import _memory
+from awq.bounds import limited_memory
 from awq.checkpoint import convert_checkpoint, open_checkpoint
 from awq.errors import AwqError
 from awq.load import load_dequantized
@@ -130,5 +130,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     signal.alarm(SECONDS)  # a hang is a failure
-    with _memory(BYTES):
+    with limited_memory(BYTES):
         main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -23,7 +23,7 @@ def bounded(seconds: float = SECONDS, more_bytes: int = BYTES) -> Iterator[None]
     For short work in the main thread: both limits are the process's own. Elsewhere, and on systems that have no such
     limits, there are none; jinja's sandbox, which keeps a template from attributes and files, does not need them.
     """
-    with _deadline(seconds), _memory(more_bytes):
+    with _deadline(seconds), limited_memory(more_bytes):
         yield
 
 
@@ -46,7 +46,8 @@ def _deadline(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _memory(more_bytes: int) -> Iterator[None]:
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """MemoryError where the process, from its main thread on Linux, takes `more_bytes` beyond what it has."""
     if threading.current_thread() is not threading.main_thread() or not _STATM.exists():
         yield
         return
