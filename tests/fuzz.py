@@ -14,6 +14,8 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers.utils import logging
 
 from awq.bounds import limited_memory
 from awq.checkpoint import convert_checkpoint, open_checkpoint
+from awq.cli.inspect import inspect
 from awq.errors import AwqError
 from awq.load import load_dequantized
 from awq.source import find_source
@@ -94,7 +97,9 @@ def read(folder: Path, target: Path) -> None:
         checkpoint = open_checkpoint(folder)
         for name in checkpoint.linears:
             checkpoint.outliers(name)
-        assert checkpoint.report is None or checkpoint.report
+        for as_json in (False, True):
+            with redirect_stdout(StringIO()):
+                inspect(str(folder), as_json=as_json)
         load_dequantized(folder)
         convert_checkpoint(folder, target, overwrite=True)
         return

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from awq.checkpoint.files import REPORT_FILE, read_json
+from awq.checkpoint.files import LONGEST_NAME, REPORT_FILE, read_json
 from awq.errors import CheckpointError
 
 LOSSES = ("loss_rounding", "loss", "loss_with_outliers")
 _TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
 _LINEAR = {"scaled_by": _TEXT, "outliers": (int,), "fallback": _TEXT, **dict.fromkeys(LOSSES, _NUMBER)}
 _LINEAR_OPTIONAL = {"rounding": _TEXT, "outlier_bytes": (int,), "tokens": (int,)}
+_NO_OUTLIERS = {"linears": 0, "channels": 0, "bytes": 0}
 _PARTS = ("recipe", "versions", "linears", "not_converted", "outliers", "source")
 
 
@@ -35,7 +36,10 @@ def _is_sound(report: dict[str, Any]) -> bool:
     sources, shape = calibration.get("sources", []), calibration.get("shape", [])
     if not (isinstance(sources, list) and isinstance(shape, list) and _all(str, sources) and _all(int, shape)):
         return False
-    return all(map(_is_linear, report.get("linears", {}).values()))
+    total, linears = report.get("outliers", _NO_OUTLIERS), report.get("linears", {})
+    if not (_NO_OUTLIERS.keys() <= total.keys() and _all(int, total.values())):
+        return False
+    return all(map(_is_linear, linears.values())) and all(len(name) <= LONGEST_NAME for name in linears)
 
 
 def _is_linear(linear: object) -> bool:

@@ -86,8 +86,9 @@ def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
     from awq.checkpoint.report import summarize
 
     files = [file for file in opened.path.rglob("*") if file.is_file()]
+    architectures = opened.config.get("architectures")
     return {
-        "architecture": (opened.config.get("architectures") or [None])[0],
+        "architecture": architectures[0] if architectures and isinstance(architectures, list) else None,
         "bits": opened.quant.bits,
         "group_size": opened.quant.group_size,
         "zero_point": opened.quant.zero_point,
@@ -123,7 +124,7 @@ def _describe(opened: Checkpoint, name: str, report: dict[str, Any]) -> dict[str
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:
     """Layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _row(linear: dict[str, Any]) -> tuple[object, ...]:

@@ -55,4 +55,6 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
         with one_sentence(folder, "tokenizer"):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
+        if any(path.glob("tokenizer*")):
+            raise
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error
