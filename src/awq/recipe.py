@@ -21,7 +21,6 @@ from awq.algorithm.blocks import quantize_blocks, storage_dtype
 from awq.calibration import CalibrationSet, load_calibration
 from awq.checkpoint.output import check_output, finished_recipe
 from awq.checkpoint.read import open_checkpoint
-from awq.checkpoint.report import outlier_total
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
@@ -83,7 +82,6 @@ def quantize_model(
         "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "linears": linears,
         "not_converted": planned.not_converted,
-        "outliers": outlier_total(linears),
         "notes": [*planned.notes],
     }
 

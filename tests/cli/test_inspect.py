@@ -55,9 +55,7 @@ def test_a_report_of_conversion_alone(quantized: Path, tmp_path: Path) -> None:
         {"recipe": {"calibration": {"sources": [1]}}},
         {"recipe": {"calibration": {"shape": "x"}}},
         {"not_converted": {"a": {}}},
-        {"outliers": 5},
-        {"outliers": {"bytes": 5}},
-        {"outliers": {"linears": 1, "channels": 1, "bytes": "many"}},
+        {"source": 5},
     ],
 )
 def test_a_damaged_report_is_one_sentence(quantized: Path, tmp_path: Path, report: dict[str, object]) -> None:

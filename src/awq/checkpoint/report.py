@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ LOSSES = ("loss_rounding", "loss", "loss_with_outliers")
 _TEXT, _NUMBER = (str, type(None)), (int, float, type(None))
 _LINEAR = {"scaled_by": _TEXT, "outliers": (int,), "fallback": _TEXT, **dict.fromkeys(LOSSES, _NUMBER)}
 _LINEAR_OPTIONAL = {"rounding": _TEXT, "outlier_bytes": (int,), "tokens": (int,)}
-_NO_OUTLIERS = {"linears": 0, "channels": 0, "bytes": 0}
-_PARTS = ("recipe", "versions", "linears", "not_converted", "outliers", "source")
+_PARTS = ("recipe", "versions", "linears", "not_converted", "source")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
@@ -36,9 +35,7 @@ def _is_sound(report: dict[str, Any]) -> bool:
     sources, shape = calibration.get("sources", []), calibration.get("shape", [])
     if not (isinstance(sources, list) and isinstance(shape, list) and _all(str, sources) and _all(int, shape)):
         return False
-    total, linears = report.get("outliers", _NO_OUTLIERS), report.get("linears", {})
-    if not (_NO_OUTLIERS.keys() <= total.keys() and _all(int, total.values())):
-        return False
+    linears = report.get("linears", {})
     return all(map(_is_linear, linears.values())) and all(len(name) <= LONGEST_NAME for name in linears)
 
 
@@ -53,12 +50,12 @@ def _all(kind: type, values: Iterable[object]) -> bool:
     return all(isinstance(value, kind) for value in values)
 
 
-def outlier_total(linears: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def outlier_total(report: dict[str, Any]) -> dict[str, int]:
     """What the outlier budget was spent on: linears with kept channels, these channels, and their bytes on disk.
 
-    A channel that several linears keep counts for each.
+    A channel that several linears keep counts for each; an older report does not know the bytes, which are 0 then.
     """
-    kept = [linear for linear in linears.values() if linear["outliers"]]
+    kept = [linear for linear in report.get("linears", {}).values() if linear["outliers"]]
     return {
         "linears": len(kept),
         "channels": sum(linear["outliers"] for linear in kept),

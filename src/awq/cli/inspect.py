@@ -53,7 +53,7 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
 
 def spent(outliers: dict[str, int] | None, size: int) -> str | None:
     """What the outlier budget was spent on, of a checkpoint of `size` bytes."""
-    if not outliers:
+    if not outliers or not outliers["channels"]:
         return None
     share = f"{outliers['bytes'] / size:.1%} of the checkpoint"
     return (
@@ -83,7 +83,7 @@ def _coverage(experts: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
-    from awq.checkpoint.report import summarize
+    from awq.checkpoint.report import outlier_total, summarize
 
     files = [file for file in opened.path.rglob("*") if file.is_file()]
     architectures = opened.config.get("architectures")
@@ -96,7 +96,7 @@ def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
         "size_bytes": sum(file.stat().st_size for file in files),
         **_recipe(report),
         **(summarize(report) if report.get("linears") else {"linears": len(opened.linears)}),
-        "outliers": report.get("outliers"),
+        "outliers": outlier_total(report) if report.get("linears") else None,
     }
 
 

@@ -37,6 +37,8 @@ class Verify(StrEnum):
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The float model: a folder, a .gguf file or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload it too: the repository, owner/name.")] = None,
+    private: options.Private = False,
     bits: Annotated[int, typer.Option(help="Bits a weight; only 4 can be stored.")] = DEFAULTS.bits,
     group_size: Annotated[
         int | None,
@@ -77,8 +79,6 @@ def quantize(
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     verify: Annotated[Verify, typer.Option(help="Read back after writing: one linear, all or none.")] = Verify.QUICK,
-    push_to_hub: Annotated[str | None, typer.Option(help="Upload it too: the repository, owner/name.")] = None,
-    private: options.Private = False,
     as_json: options.Json = False,
 ) -> None:
     """Quantize a model to 4 bits and write a checkpoint."""
@@ -116,6 +116,8 @@ def quantize(
     )
     url = hub.push(hub.prepare(finished.path, push_to_hub), private) if push_to_hub else None
     _show(finished, url, as_json)
+    if url:
+        say(f"uploaded to {url}")
 
 
 def _show(finished: Finished, url: str | None, as_json: bool) -> None:
@@ -138,5 +140,4 @@ def _show(finished: Finished, url: str | None, as_json: bool) -> None:
         )
         return
     title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
-    facts = {"folder": finished.path, **({"address": url} if url else {}), "size": format_bytes(finished.size_bytes)}
-    print_facts(title, facts | summary)
+    print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary})

@@ -85,7 +85,7 @@ def _facts(checkpoint: Checkpoint, report: dict[str, Any], size: int) -> Iterabl
         yield "calibration", "; ".join(sources)
     if effort := recipe.get("config", {}).get("effort"):
         yield "effort", str(effort)
-    if (kept := outlier_total(report.get("linears", {})))["channels"]:
+    if (kept := outlier_total(report))["channels"]:
         amount = _megabytes(kept["bytes"]) if kept["bytes"] else "a residual"
         yield "fp16 channels", f"{kept['channels']} of {kept['linears']} linears, {amount} in `outliers/`"
     if reasons := Counter(report.get("not_converted", {}).values()):
@@ -94,7 +94,7 @@ def _facts(checkpoint: Checkpoint, report: dict[str, Any], size: int) -> Iterabl
 
 
 def _kept(report: dict[str, Any]) -> str:
-    if not outlier_total(report.get("linears", {}))["channels"]:
+    if not outlier_total(report)["channels"]:
         return ""
     return "\nvLLM and transformers run the int4 weights alone, without the fp16 channels.\n"
 
