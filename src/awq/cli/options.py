@@ -19,8 +19,8 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 TextColumn = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and hub rows.")]
 Version = Annotated[str | None, typer.Option(help="Pin the kernel version, GEMM or GEMV; else chosen per call.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="DIR", help="A quantized checkpoint: a folder or a hub id.")]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub private.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub private.")]
 
 
 def quiet_libraries() -> None:
