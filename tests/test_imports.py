@@ -43,8 +43,9 @@ ALLOWED = {
     "data": {"errors"},
     "calibration": {"config", "data", "errors"},
     "evaluate": {"config", "data", "errors"},
+    "unreadable": {"errors"},
     "outline": {"checkpoint", "errors"},
-    "source": {"checkpoint", "config", "errors", "hardware", "outline"},
+    "source": {"checkpoint", "config", "errors", "hardware", "outline", "unreadable"},
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
@@ -52,7 +53,9 @@ ALLOWED = {
     | {"progress"}
     | {"source"}
     | GROUND,
-    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "outline", "source"} | GROUND,
+    "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "outline", "source"}
+    | {"unreadable"}
+    | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }

@@ -19,15 +19,8 @@ from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.names import Rename, from_stored, kept_in_float32, of_module
 from awq.outline import check_outline
-from awq.source import (
-    auto_class,
-    drop_quantization,
-    find_folder,
-    one_sentence,
-    pick_device,
-    replace_module,
-    skeleton,
-)
+from awq.source import auto_class, drop_quantization, find_folder, pick_device, replace_module, skeleton
+from awq.unreadable import one_sentence
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import huggingface_hub
-import jinja2
 import torch
 from huggingface_hub import errors as hub_errors
 from torch import nn
@@ -29,8 +25,9 @@ from transformers import (
 from awq.checkpoint.files import TensorFiles, inside
 from awq.checkpoint.gguf import check_gguf
 from awq.checkpoint.limits import check_folder, check_tokenizer
-from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
+from awq.errors import CheckpointError, ConfigError, ModelNotFoundError
 from awq.outline import check_outline
+from awq.unreadable import one_sentence
 
 _LICENCES = ("LICENSE*", "NOTICE*")
 # Everything a model folder needs and nothing that runs code.
@@ -42,11 +39,6 @@ _BESIDE = ("*processor_config.json", "audio_tokenizer_config.json", "chat_templa
 _LICENCE_LINE = re.compile(r"""^(license(?:_name|_link)?):[ \t]*["']?([^"'\n]+?)["']?[ \t]*$""", re.MULTILINE)
 _CARD_BYTES = 1 << 16
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
-# What readers of damaged files and unknown architectures have been seen to raise.
-_UNREADABLE = (
-    *(OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, ArithmeticError),
-    *(AssertionError, MemoryError, struct.error, hub_errors.StrictDataclassError, jinja2.TemplateError),
-)
 
 
 @dataclass(frozen=True)
@@ -261,27 +253,3 @@ def _check_found(name: str, found: dict[str, Any]) -> None:
         )
     if missing := sorted(found.get("missing_keys", ())):
         raise CheckpointError(f"{name} lacks {missing[0]} ({len(missing)} tensors in all): copy or download it again.")
-
-
-@contextmanager
-def one_sentence(name: object, part: str) -> Iterator[None]:
-    """Turn what transformers raises for an unreadable model into a CheckpointError that names it."""
-    try:
-        yield
-    except AwqError:
-        raise
-    except BaseException as error:
-        if not _is_unreadable(error):
-            raise
-        raise CheckpointError(f"cannot read the {part} of {name}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line, and the second where the first only announces it."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
-
-
-def _is_unreadable(error: BaseException) -> bool:
-    """Whether a reader raised it; tokenizers, in Rust, raises bare exceptions, and panics that are none."""
-    return isinstance(error, _UNREADABLE) or type(error) is Exception or type(error).__name__ == "PanicException"

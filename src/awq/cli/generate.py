@@ -67,7 +67,7 @@ def generate(
 def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
     """The prompt as a batch of one: through the chat template where there is one and not `raw`."""
     from awq.bounds import bounded
-    from awq.source import one_sentence
+    from awq.unreadable import one_sentence
 
     if raw or not tokenizer.chat_template:
         with one_sentence(tokenizer.name_or_path, "tokenizer"):

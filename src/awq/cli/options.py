@@ -46,7 +46,8 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
 
     from awq.checkpoint.limits import check_folder, check_tokenizer
     from awq.errors import CheckpointError
-    from awq.source import find_folder, one_sentence
+    from awq.source import find_folder
+    from awq.unreadable import one_sentence
 
     path = find_folder(folder, revision=revision)
     check_folder(path, trust_remote_code)
