@@ -34,11 +34,9 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
         return
     reasons = Counter(report.get("not_converted", {}).values())
     left_float = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or None
-    shown = {
-        "size_bytes": format_bytes(facts["size_bytes"]),
-        "outliers": spent(facts["outliers"], facts["size_bytes"]),
-        "left_float": left_float,
-    }
+    shown = {"size_bytes": format_bytes(facts["size_bytes"]), "left_float": left_float}
+    if kept := facts.pop("outliers"):
+        shown["fp16_channels"] = spent(kept, facts["size_bytes"])
     print_facts(str(opened.path), facts | shown)
     columns = ("linear", "N x K", "bits", "group", "scaled by", "rounding", "fp16 channels")
     held_out = ", held out and read behind what is quantized" if facts.get("effort", "fast") != "fast" else ""
@@ -51,15 +49,10 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
         print_table(title, counts, ((name, *lists[name].values()) for name in sorted(lists, key=_in_order)))
 
 
-def spent(outliers: dict[str, int] | None, size: int) -> str | None:
+def spent(outliers: dict[str, int], size: int) -> str:
     """What the outlier budget was spent on, of a checkpoint of `size` bytes."""
-    if not outliers or not outliers["channels"]:
-        return None
-    share = f"{outliers['bytes'] / size:.1%} of the checkpoint"
-    return (
-        f"{outliers['channels']} channels of {outliers['linears']} linears in fp16, "
-        f"{format_bytes(outliers['bytes'])}, {share}"
-    )
+    count, taken = outliers["bytes"], format_bytes(outliers["bytes"])
+    return f"{outliers['channels']} in {outliers['linears']} linears, {taken}, {count / size:.1%} of the checkpoint"
 
 
 def coverage(report: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -89,7 +89,7 @@ def _facts(checkpoint: Checkpoint, report: dict[str, Any], size: int) -> Iterabl
         amount = _megabytes(kept["bytes"]) if kept["bytes"] else "a residual"
         yield "fp16 channels", f"{kept['channels']} of {kept['linears']} linears, {amount} in `outliers/`"
     if reasons := Counter(report.get("not_converted", {}).values()):
-        yield "left in float", "; ".join(f"{count} linears: {reason}" for reason, count in reasons.items())
+        yield "left in float", "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
     yield "linears", str(len(checkpoint.linears))
 
 
