@@ -30,6 +30,7 @@ ALLOWED = {
     "capability": {"config", "errors"},
     "hardware": {"capability", "config", "errors"},
     "progress": {"errors"},
+    "bounds": set(),
     "jit": {"errors"},
     "kernels": {"jit"} | GROUND,
     "linear": {"kernels"} | GROUND,
@@ -38,10 +39,13 @@ ALLOWED = {
     "experts": {"linears"},
     "algorithm": {"config", "errors", "experts", "linears", "packing"},
     "checkpoint": {"config", "errors", "packing"},
+    "hub": {"checkpoint", "config", "errors"},
     "data": {"errors"},
     "calibration": {"config", "data", "errors"},
     "evaluate": {"config", "data", "errors"},
-    "source": {"checkpoint", "config", "errors", "hardware"},
+    "unreadable": {"errors"},
+    "outline": {"checkpoint", "errors"},
+    "source": {"checkpoint", "config", "errors", "hardware", "outline", "unreadable"},
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
@@ -50,7 +54,9 @@ ALLOWED = {
     | {"source"}
     | GROUND,
     "place": {"errors", "linear"},
-    "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "place", "source"} | GROUND,
+    "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "outline", "place", "source"}
+    | {"unreadable"}
+    | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "place", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }

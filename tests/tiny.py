@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -77,3 +78,38 @@ model.quantize(tokenizer, calib_dataset=calibration_data)
 model.save_quantized("{model}-awq")
 model = AutoAWQForCausalLM.from_quantized("{model}-awq", version="GEMV")
 """
+
+
+def save_tiny_gguf(path: Path) -> Path:
+    """The tiny model as one GGUF file, in float16."""
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(128)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(VOCABULARY)
+    letters = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    unused = [f"<{i}>" for i in range(len(letters) + 2, VOCABULARY)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*letters, "ab", "cd", *unused])
+    writer.add_token_types([3] + [1] * (VOCABULARY - 1))
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    parts = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
+    parts |= {f"self_attn.{letter}_proj": f"attn_{letter}" for letter in "qkv"}
+    parts |= {f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")}
+    names |= {f"model.layers.{i}.{part}": f"blk.{i}.{name}" for i in range(2) for part, name in parts.items()}
+    for name, tensor in model.named_parameters():
+        kind = torch.float32 if tensor.ndim == 1 else torch.float16
+        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", tensor.detach().to(kind).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

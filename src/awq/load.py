@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from awq.checkpoint.limits import check_folder
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.engine import attach
 from awq.engine.head import use_head
@@ -18,9 +19,11 @@ from awq.experts import split_experts
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import from_stored, kept_in_float32, of_module
+from awq.names import Rename, from_stored, kept_in_float32, of_module
+from awq.outline import check_outline
 from awq.place import find_places, is_spread, spread
-from awq.source import drop_quantization, find_folder, pick_device, replace_module, skeleton
+from awq.source import auto_class, drop_quantization, find_folder, pick_device, replace_module, skeleton
+from awq.unreadable import one_sentence
 
 MakeLinear = Callable[[Checkpoint, str, nn.Linear], nn.Module]
 
@@ -127,15 +130,17 @@ def _assemble(checkpoint: Checkpoint, make_linear: MakeLinear, dtype: torch.dtyp
     linear_name = of_module(tensor_name)
     names = {stored: linear_name(stored) for stored in checkpoint.linears}
     keep = kept_in_float32(model)
-    floats = ((tensor_name(stored), checkpoint.tensor(stored)) for stored in checkpoint.float_names)
+    floats = _float_tensors(checkpoint, model, tensor_name)
     tensors = {name: tensor if keep(name) else _cast(tensor, dtype) for name, tensor in floats}
     for stored, name in names.items():
         replace_module(model, name, make_linear(checkpoint, stored, _linear(model, name, checkpoint, stored)))
     for name, scales in checkpoint.act_scales.items():
-        replace_module(model, name, ScaledActivation(model.get_submodule(name), scales.to(dtype)))
+        with one_sentence(checkpoint.path.name, f"scaled activation {name}"):
+            replace_module(model, name, ScaledActivation(model.get_submodule(name), scales.to(dtype)))
     _fill(model, tensors, checkpoint.path.name)
     if (checkpoint.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+        with one_sentence(checkpoint.path.name, "generation settings"):
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     return model.eval()
 
 
@@ -154,8 +159,13 @@ class ScaledActivation(nn.Module):
 
 
 def _model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> PretrainedConfig:
-    config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
+    check_folder(checkpoint.path, trust_remote_code)
+    with one_sentence(checkpoint.path.name, "configuration"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust_remote_code)
     drop_quantization(config)
+    if not trust_remote_code:
+        with one_sentence(checkpoint.path.name, "architecture"):
+            check_outline(auto_class(config), config, checkpoint.held, checkpoint.path.name)
     return config
 
 
@@ -178,15 +188,23 @@ def _linear(model: nn.Module, name: str, checkpoint: Checkpoint, stored: str) ->
     return module
 
 
-def _fill(model: Any, tensors: dict[str, Tensor], folder: str) -> None:
-    """Load every tensor that is not quantized, and check that none is missing or of another shape."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if name in parameters and parameters[name].shape != tensor.shape:
+def _float_tensors(checkpoint: Checkpoint, model: nn.Module, rename: Rename) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors that the model has, by its names; what it has in another shape or kind is not read."""
+    wanted = model.state_dict()
+    for stored in checkpoint.float_names:
+        if (known := wanted.get(name := rename(stored))) is None:
+            continue
+        found = checkpoint.outline(stored)
+        if found.shape != known.shape or found.is_floating_point() != known.is_floating_point():
             raise CheckpointError(
-                f"{folder} stores {name} as {list(tensor.shape)}, where its config.json says "
-                f"{list(parameters[name].shape)}: one of them is of another model."
+                f"{checkpoint.path.name} stores {name} as {found.dtype} {list(found.shape)}, where its config.json "
+                f"says {known.dtype} {list(known.shape)}: one of them is of another model."
             )
+        yield name, checkpoint.tensor(stored)
+
+
+def _fill(model: Any, tensors: dict[str, Tensor], folder: str) -> None:
+    """Load every tensor that is not quantized, and check that none is missing."""
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -98,6 +98,10 @@ class Outliers:
     index: Tensor
     residual: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.residual.nbytes
+
     def to(self, device: torch.device | str) -> Self:
         return replace(self, index=self.index.to(device), residual=self.residual.to(device))
 

@@ -229,7 +229,7 @@ def quantize_folder(
     check_output(Path(output), overwrite)
     float_model = float_model or source.load()
     report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
-    report["recipe"] = recipe
+    report |= {"recipe": recipe, "source": source.origin()}
     written = save_quantized(
         float_model,
         output,

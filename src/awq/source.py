@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from awq.checkpoint.files import TensorFiles
-from awq.errors import AwqError, CheckpointError, ConfigError, ModelNotFoundError
+from awq.checkpoint.files import TensorFiles, inside
+from awq.checkpoint.gguf import check_gguf
+from awq.checkpoint.limits import check_folder, check_tokenizer
+from awq.errors import CheckpointError, ConfigError, ModelNotFoundError
+from awq.outline import check_outline
+from awq.unreadable import one_sentence
 
+_LICENCES = ("LICENSE*", "NOTICE*")
 # Everything a model folder needs and nothing that runs code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "outliers/*"]
-# What turns images, sound and chats into a model's inputs; it belongs beside the quantized weights as it is.
-_PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja")
+_HUB_FILES += ["README.md", *_LICENCES]
+# What turns images, sound and chats into a model's inputs, and the licence: as they are, beside the quantized weights.
+_BESIDE = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja", *_LICENCES)
+# In the first lines of a model card, between two of ---.
+_LICENCE_LINE = re.compile(r"""^(license(?:_name|_link)?):[ \t]*["']?([^"'\n]+?)["']?[ \t]*$""", re.MULTILINE)
+_CARD_BYTES = 1 << 16
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
-# What readers of damaged files and unknown architectures have been seen to raise.
-_UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,20 @@ class Source:
 
     @property
     def _where(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf} if self.gguf else {"trust_remote_code": self.trust_remote_code}
+        return ({"gguf_file": self.gguf} if self.gguf else {}) | {"trust_remote_code": self.trust_remote_code}
 
     def weight_files(self) -> list[Path]:
         return [self.folder / self.gguf] if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     def processor_files(self) -> dict[str, Path]:
         """The files of the processor, by their name in the folder: they are saved beside the quantized weights."""
-        found = {path for pattern in _PROCESSOR_FILES for path in self.folder.glob(pattern)}
-        return {} if self.gguf else {str(path.relative_to(self.folder)): path for path in sorted(found)}
+        found = {path for pattern in _BESIDE for path in self.folder.glob(pattern) if path.is_file()}
+        names = sorted(str(path.relative_to(self.folder)) for path in found)
+        return {} if self.gguf else {name: inside(self.folder, name) for name in names}
 
     def config(self) -> PretrainedConfig:
-        with _one_sentence(self.name, "configuration"):
+        held = check_gguf(self.folder / self.gguf) if self.gguf else TensorFiles(self.folder).held()
+        with one_sentence(self.name, "configuration"):
             config: PretrainedConfig = AutoConfig.from_pretrained(self.folder, **self._where)
         if self.gguf:
             # transformers has dequantized it by then; left in, it would pass the result off as still quantized
@@ -68,23 +75,28 @@ class Source:
             raise CheckpointError(
                 f"{self.name} is already quantized ({method}): quantize its float original, or load it as it is."
             )
+        if not self.trust_remote_code:
+            with one_sentence(self.name, "architecture"):
+                check_outline(auto_class(config), config, held, self.name)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        with _one_sentence(self.name, "tokenizer"):
+        check_tokenizer(self.folder)
+        with one_sentence(self.name, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._where)
 
     def load(self, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> Any:
         """The float model in eval mode. A GGUF is dequantized to `dtype` (float16 for "auto")."""
         if self.gguf and dtype == "auto":
             dtype = torch.float16
-        with _one_sentence(self.name, "weights"):
+        with one_sentence(self.name, "weights"):
             loaded: Any = auto_class(self.config()).from_pretrained(
                 self.folder,
                 dtype=dtype,
                 device_map=device_map,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                use_safetensors=None if self.gguf else True,
                 **self._where,
                 **options,
             )
@@ -94,6 +106,18 @@ class Source:
             drop_quantization(model.config)
             model.hf_quantizer = None
         return model.eval()
+
+    def origin(self) -> dict[str, str]:
+        """What a model card says of the source: its hub id, and the licence that its own card names."""
+        path = inside(self.folder, "README.md")
+        if self.gguf or not path.is_file():
+            card = ""
+        else:
+            with path.open("rb") as file:
+                card = file.read(_CARD_BYTES).decode("utf-8", "replace")
+        header = card.partition("\n---")[0] if card.startswith("---") else ""
+        known = {key: value for key, value in _LICENCE_LINE.findall(header) if value.isprintable()}
+        return known if Path(self.name).expanduser().exists() else {"id": self.name, **known}
 
     def fingerprint(self) -> str:
         """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes."""
@@ -128,6 +152,7 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
             return Source(str(model), folder, ggufs[0].name)
         reason = f"it has {len(ggufs)} GGUF files: name one" if ggufs else "it has no config.json"
         raise CheckpointError(f"{model} is not a model folder: {reason}.")
+    check_folder(folder, trust_remote_code)
     TensorFiles(folder)  # opens every file: a missing, truncated or pickled one is a CheckpointError
     return source
 
@@ -162,7 +187,7 @@ def find_folder(model: str | Path, *, revision: str | None = None, code: bool = 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """The model of `config` with its weights on the meta device (buffers, such as rotary tables, are real)."""
-    with accelerate.init_empty_weights(include_buffers=False), _one_sentence(config.model_type, "architecture"):
+    with accelerate.init_empty_weights(include_buffers=False), one_sentence(config.model_type, "architecture"):
         return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
 
 
@@ -228,15 +253,3 @@ def _check_found(name: str, found: dict[str, Any]) -> None:
         )
     if missing := sorted(found.get("missing_keys", ())):
         raise CheckpointError(f"{name} lacks {missing[0]} ({len(missing)} tensors in all): copy or download it again.")
-
-
-@contextmanager
-def _one_sentence(name: str, part: str) -> Iterator[None]:
-    """Turn what transformers raises for an unreadable model into a CheckpointError that names it."""
-    try:
-        yield
-    except AwqError:
-        raise
-    except _UNREADABLE as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"cannot read the {part} of {name}: {reason}") from error

@@ -103,6 +103,7 @@ WRONG: list[tuple[str, Change, str]] = [
     ("group size 0", configured(group_size=0), "group_size 0"),
     ("groups per row", configured(group_size=-1), "a.b in .*groups of 64"),
     ("modules as number", configured(modules_to_not_convert=3), "not a list of names"),
+    ("modules without end", configured(modules_to_not_convert=["a"] * 70_000), "not a list of names"),
     ("modules of numbers", configured(modules_to_not_convert=[3]), "not a list of names"),
     ("no weights", lambda f: (f / "model.safetensors").unlink(), "no safetensors file"),
     ("pickle only", only_pickle, "only as pickle.*convert it to safetensors"),

@@ -10,7 +10,7 @@ from awq.cli import app
 from awq.errors import AwqError, ModelNotFoundError
 from tests.cli.run import refused, run
 
-COMMANDS = ("quantize", "generate", "chat", "eval", "bench", "hardware", "inspect", "demo")
+COMMANDS = ("quantize", "generate", "chat", "eval", "bench", "hardware", "inspect", "push", "demo")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("-h",), ()])

@@ -53,6 +53,7 @@ def finish(solution: Solution, kept: Mapping[str, Kept], config: QuantConfig) ->
                 "loss": loss,
                 "loss_with_outliers": loss_with,
                 "outliers": outliers.index.numel() if outliers else 0,
+                "outlier_bytes": outliers.nbytes if outliers else 0,
                 "fallback": _fallback(linear),
                 **({"tokens": linear.tokens} if linear.in_expert else {}),
             },

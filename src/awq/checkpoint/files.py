@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +15,14 @@ from awq.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 REPORT_FILE = "awq_report.json"
+# A trillion weights in small experts have 23 MB of index, 35 MB of report and 17 MB of header; parsed, a hostile one of
+# this size takes 3 GB (JSON) and 0.5 GB (header).
+JSON_BYTES = 128 << 20
+HEADER_BYTES = 32 << 20
+LONGEST_NAME = 1024
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LFS_POINTER = b"version https://git-lfs"
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save's zip, and bare ones
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -31,12 +37,20 @@ _DTYPES = {
 }
 
 
+class Held(NamedTuple):
+    """What weight files can hold: the number of tensors, and values at most, those that are tied counted twice."""
+
+    tensors: int
+    values: int
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, refused when it leads out of the folder, except into the blobs of a hub cache."""
     root = folder.resolve()
     real = (root / name).resolve()
+    # not resolved further: blobs that are themselves a link would lead anywhere
     blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
-    if not any(real.is_relative_to(place.resolve()) for place in (root, *blobs)):
+    if not any(real.is_relative_to(place) for place in (root, *blobs)):
         raise CheckpointError(f"{folder / name} leads out of its folder, to {real}: put the file itself there.")
     return root / name
 
@@ -45,14 +59,25 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """The object in a JSON file of the folder, None when there is no such file."""
     path = inside(folder, name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        if not path.exists():
+            return None
+        content = json.loads(_plain_bytes(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}): copy or download it again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a JSON object: copy or download it again.")
     return content
+
+
+def _plain_bytes(path: Path) -> bytes:
+    """The content; CheckpointError for a pipe or a device, which may never end, and for more than JSON_BYTES."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a plain file: copy or download it again.")
+    with path.open("rb") as file:
+        data = file.read(JSON_BYTES + 1)
+    if len(data) > JSON_BYTES:
+        raise CheckpointError(f"{path} has more than {JSON_BYTES >> 20} MiB, which no model needs: it is not read.")
+    return data
 
 
 class TensorFiles:
@@ -64,6 +89,9 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where = dict(sorted(_locate(folder).items()))
+        for name in self._where:
+            if not name.isprintable() or not 0 < len(name) <= LONGEST_NAME:
+                raise CheckpointError(f"{folder} has a tensor named {name[:80]!a}, which is no name: do not use it.")
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +105,14 @@ class TensorFiles:
         stored = self._handle(name).get_slice(name)
         if (dtype := _DTYPES.get(stored.get_dtype())) is None:
             raise CheckpointError(f"{name} in {self.folder} has dtype {stored.get_dtype()}, which AWQ does not use.")
-        return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+        shape = stored.get_shape()
+        if 0 in shape and max(shape) > 1 << 32:  # no bytes back such a size, so that it may be any
+            raise CheckpointError(f"{name} in {self.folder} claims the impossible shape {shape}: do not use it.")
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def held(self) -> Held:
+        """How many tensors there are, and values at most: a byte is two of 4 bits."""
+        return Held(len(self._where), 4 * sum(path.stat().st_size for path in self.folder.glob("*.safetensors")))
 
     def load(self, name: str) -> Tensor:
         try:
@@ -138,8 +173,20 @@ def _open(path: Path) -> Any:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing or not a plain file: copy or download it.")
         with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise CheckpointError(f"{path} is only a Git LFS pointer: run `git lfs pull` there.")
+            _check_start(path, file.read(len(_LFS_POINTER)))
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}): copy or download it again.") from None
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """CheckpointError for what only has the name of a safetensors file, or a header too large to be parsed."""
+    if start == _LFS_POINTER:
+        raise CheckpointError(f"{path} is only a Git LFS pointer: run `git lfs pull` there.")
+    header = int.from_bytes(start[:8], "little")
+    if start.startswith(_PICKLE_STARTS) and header > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is a pickle under another name, which can run code when opened and is not read: do not use it."
+        )
+    if HEADER_BYTES < header <= path.stat().st_size:
+        raise CheckpointError(f"{path} has a header of {header >> 20} MiB, which no model needs: it is not read.")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.checkpoint.files import REPORT_FILE, TensorFiles, inside, read_json
+from awq.checkpoint.files import Held, TensorFiles, inside, read_json
+from awq.checkpoint.report import read_report
 from awq.checkpoint.settings import StoredQuant, find_settings
 from awq.errors import CheckpointError, ModelNotFoundError
 from awq.packing import Outliers, PackedInt4, StoredShape, from_layout, stored_shape
@@ -94,8 +95,17 @@ class Checkpoint:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """`awq_report.json`, or None where another tool wrote the folder."""
-        return read_json(self.path, REPORT_FILE)
+        """`awq_report.json`, or None where another tool wrote the folder; CheckpointError for a damaged one."""
+        return read_report(self.path)
+
+    @property
+    def held(self) -> Held:
+        """How many tensors the folder has, and values at most."""
+        return self._files.held()
+
+    def outline(self, name: str) -> Tensor:
+        """Any tensor's dtype and shape, on the meta device, from the headers."""
+        return self._files.outline(name)
 
     def tensor(self, name: str) -> Tensor:
         """Any tensor of the folder by its full name, as stored."""

@@ -12,6 +12,7 @@ from awq.errors import CheckpointError
 
 # Where the settings are, newest habit first; vLLM looks for the same names.
 _LEGACY_FILES = ("quant_config.json", "quantize_config.json")
+_MOST_NAMES = 1 << 16  # each is looked for in the names of all linears
 # The version only names a layout, and old tools wrote a wrong one: the tensors decide. `exllama` and `ipex`
 # were kernels over the gemm layout.
 _READABLE = ("gemm", "gemv", "gemv_fast", "gemvfast", "llm_awq", "exllama", "ipex", "auto")
@@ -87,6 +88,6 @@ def _group_size(folder: Path, found: dict[str, Any]) -> int | None:
 
 def _names(folder: Path, names: object) -> tuple[str, ...]:
     names = [names] if isinstance(names, str) else names or []
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if isinstance(names, list) and len(names) <= _MOST_NAMES and all(isinstance(name, str) for name in names):
         return tuple(names)
     raise CheckpointError(f"modules_to_not_convert in {folder} is not a list of names: correct config.json.")

@@ -17,6 +17,7 @@ from awq.cli.hardware import hardware
 from awq.cli.inspect import inspect
 from awq.cli.measure import bench, evaluate
 from awq.cli.output import say
+from awq.cli.push import push
 from awq.cli.quantize import quantize
 from awq.errors import AwqError
 
@@ -94,6 +95,7 @@ app.command()(chat)
 app.command("eval")(evaluate)
 app.add_typer(bench, name="bench")
 app.command()(inspect)
+app.command()(push)
 app.command()(hardware)
 app.command()(demo)
 

@@ -76,13 +76,18 @@ def generate(
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
     """The prompt as a batch of one: through the chat template where there is one and not `raw`."""
+    from awq.bounds import bounded
+    from awq.unreadable import one_sentence
+
     if raw or not tokenizer.chat_template:
-        encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        with one_sentence(tokenizer.name_or_path, "tokenizer"):
+            encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     else:
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with one_sentence(tokenizer.name_or_path, "chat template"), bounded():
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
     if encoded["input_ids"].shape[1] == 0:
         raise ConfigError("the prompt holds no token: give some text to continue.")
     return encoded

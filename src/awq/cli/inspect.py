@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from awq.errors import CheckpointError
 if TYPE_CHECKING:
     from awq.checkpoint.read import Checkpoint
 
-LOSSES = {"loss_rounding": "plain rounding", "loss": "AWQ", "loss_with_outliers": "AWQ + fp16 channels"}
+TITLES = {"loss_rounding": "plain rounding", "loss": "AWQ", "loss_with_outliers": "AWQ + fp16 channels"}
 
 
 def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: options.Json = False) -> None:
@@ -37,16 +35,24 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
     reasons = Counter(report.get("not_converted", {}).values())
     left_float = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or None
     shown = {"size_bytes": format_bytes(facts["size_bytes"]), "left_float": left_float}
+    if kept := facts.pop("outliers"):
+        shown["fp16_channels"] = spent(kept, facts["size_bytes"])
     print_facts(str(opened.path), facts | shown)
     columns = ("linear", "N x K", "bits", "group", "scaled by", "rounding", "fp16 channels")
     held_out = ", held out and read behind what is quantized" if facts.get("effort", "fast") != "fast" else ""
     title = f"Linears; losses are the output error over the output's power, on calibration text{held_out}"
     rows = (_row(linears[name]) for name in sorted(linears, key=_in_order))
-    print_table(title, (*columns, *LOSSES.values(), "fallback"), rows)
+    print_table(title, (*columns, *TITLES.values(), "fallback"), rows)
     if lists := coverage(report):
         title = "Experts: the calibration tokens that the router gave them"
         counts = ("experts", "number", "fewest tokens", "median", "most", "given none")
         print_table(title, counts, ((name, *lists[name].values()) for name in sorted(lists, key=_in_order)))
+
+
+def spent(outliers: dict[str, int], size: int) -> str:
+    """What the outlier budget was spent on, of a checkpoint of `size` bytes."""
+    count, taken = outliers["bytes"], format_bytes(outliers["bytes"])
+    return f"{outliers['channels']} in {outliers['linears']} linears, {taken}, {count / size:.1%} of the checkpoint"
 
 
 def coverage(report: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -69,35 +75,21 @@ def _coverage(experts: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def summarize(report: dict[str, Any]) -> dict[str, Any]:
-    """Totals over the linears of a report; losses are means."""
-    linears = report["linears"].values()
-    return {
-        "linears": len(linears),
-        "scaled": sum(linear["scaled_by"] is not None for linear in linears),
-        "fp16_channels": sum(linear["outliers"] for linear in linears),
-        "fallbacks": sum(linear["fallback"] is not None for linear in linears),
-        **{f"mean_{key}": _mean(linear[key] for linear in linears) for key in LOSSES},
-    }
-
-
-def _mean(losses: Iterable[float | None]) -> float | None:
-    """The mean of the losses that could be measured: activations that are not finite have none."""
-    known = [loss for loss in losses if loss is not None and math.isfinite(loss)]
-    return sum(known) / len(known) if known else None
-
-
 def _facts(opened: Checkpoint, report: dict[str, Any]) -> dict[str, Any]:
+    from awq.checkpoint.report import outlier_total, summarize
+
     files = [file for file in opened.path.rglob("*") if file.is_file()]
+    architectures = opened.config.get("architectures")
     return {
-        "architecture": (opened.config.get("architectures") or [None])[0],
+        "architecture": architectures[0] if architectures and isinstance(architectures, list) else None,
         "bits": opened.quant.bits,
         "group_size": opened.quant.group_size,
         "zero_point": opened.quant.zero_point,
         "layout": opened.quant.layout,
         "size_bytes": sum(file.stat().st_size for file in files),
         **_recipe(report),
-        **(summarize(report) if report else {"linears": len(opened.linears)}),
+        **(summarize(report) if report.get("linears") else {"linears": len(opened.linears)}),
+        "outliers": outlier_total(report) if report.get("linears") else None,
     }
 
 
@@ -119,18 +111,18 @@ def _describe(opened: Checkpoint, name: str, report: dict[str, Any]) -> dict[str
         "in_features": shape.in_features,
         "bits": opened.quant.bits,
         "group_size": shape.group_size,
-        **{key: known.get(key) for key in ("scaled_by", "rounding", "outliers", *LOSSES, "fallback")},
+        **{key: known.get(key) for key in ("scaled_by", "rounding", "outliers", *TITLES, "fallback")},
     }
 
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:
     """Layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _row(linear: dict[str, Any]) -> tuple[object, ...]:
     shape = f"{linear['out_features']} x {linear['in_features']}"
-    keys = ("bits", "group_size", "scaled_by", "rounding", "outliers", *LOSSES, "fallback")
+    keys = ("bits", "group_size", "scaled_by", "rounding", "outliers", *TITLES, "fallback")
     return linear["name"], shape, *(linear[key] for key in keys)
 
 

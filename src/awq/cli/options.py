@@ -33,6 +33,7 @@ MinP = Annotated[float, typer.Option(min=0, max=1, help="Sample from tokens this
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were said less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub private.")]
 
 
 def quiet_libraries() -> None:
@@ -74,11 +75,18 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
     """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
     from transformers import AutoTokenizer
 
+    from awq.checkpoint.limits import check_folder, check_tokenizer
     from awq.errors import CheckpointError
     from awq.source import find_folder
+    from awq.unreadable import one_sentence
 
     path = find_folder(folder, revision=revision)
+    check_folder(path, trust_remote_code)
+    check_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        with one_sentence(folder, "tokenizer"):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except CheckpointError as error:
+        if any(path.glob("tokenizer*")):
+            raise
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error

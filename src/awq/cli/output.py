@@ -19,7 +19,7 @@ _PIPE_WIDTH = 160
 
 def say(text: str) -> None:
     """A line on stderr."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
 
@@ -67,7 +67,12 @@ def format_cell(value: object) -> str:
         if not math.isfinite(value):
             return "-"
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) < 1 else f"{value:#.3g}"
-    return str(value)
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal acts upon; names and settings come from files of strangers."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
 def format_bytes(count: int | None) -> str:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from awq.cli import options
-from awq.cli.inspect import summarize
 from awq.cli.output import format_bytes, print_facts, print_json, say
 from awq.config import MAX_OUTLIER_RATIO, QuantConfig
 from awq.errors import ConfigError
@@ -38,6 +37,8 @@ class Verify(StrEnum):
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The float model: a folder, a .gguf file or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload it too: the repository, owner/name.")] = None,
+    private: options.Private = False,
     bits: Annotated[int, typer.Option(help="Bits a weight; only 4 can be stored.")] = DEFAULTS.bits,
     group_size: Annotated[
         int | None,
@@ -93,8 +94,11 @@ def quantize(
     if bits != DEFAULTS.bits:
         raise ConfigError(f"bits={bits} cannot be stored: use 4; other widths can only be evaluated in Python.")
     options.quiet_libraries()
+    from awq import hub
     from awq.recipe import quantize_folder
 
+    if push_to_hub:
+        hub.check_access(push_to_hub, private)
     finished = quantize_folder(
         model,
         output,
@@ -110,10 +114,15 @@ def quantize(
         overwrite=overwrite,
         verify=verify.value,
     )
-    _show(finished, as_json)
+    url = hub.push(hub.prepare(finished.path, push_to_hub), private) if push_to_hub else None
+    _show(finished, url, as_json)
+    if url:
+        say(f"uploaded to {url}")
 
 
-def _show(finished: Finished, as_json: bool) -> None:
+def _show(finished: Finished, url: str | None, as_json: bool) -> None:
+    from awq.checkpoint.report import summarize
+
     for warning in finished.warnings:
         say(f"warning: {warning}")
     summary = summarize(finished.report)
@@ -123,6 +132,7 @@ def _show(finished: Finished, as_json: bool) -> None:
                 "path": finished.path,
                 "size_bytes": finished.size_bytes,
                 "already_complete": finished.already_complete,
+                "url": url,
                 "warnings": finished.warnings,
                 "recipe": finished.report["recipe"],
                 "summary": summary,
