@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -102,13 +102,23 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
-def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
+Hold = Callable[[int], AbstractContextManager[None]]  # within, a block has its weights
+
+
+def in_memory(_index: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def enter_model(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, block_weights: Hold = in_memory
+) -> list[Chunk]:
     """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
 
-    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
+    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
+    first is run once, on a few tokens, to see what a block returns.
     """
     per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8])
+    outputs = _count_outputs(model, blocks, tokens[:1, :8], block_weights)
     return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
 
 
@@ -141,23 +151,29 @@ def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
     return index
 
 
-def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> int:
+def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, block_weights: Hold) -> int:
     """How many values a block returns, 0 for a bare tensor."""
     seen: list[int] = []
+    numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.append(len(output) if isinstance(output, tuple | list) else 0)
         raise Stop
 
-    with ExitStack() as hooks:
-        for block in blocks:
+    with ExitStack() as held, ExitStack() as hooks:
+
+        def hold(block: nn.Module, _args: Any) -> None:
+            held.enter_context(block_weights(numbers[block]))
+
+        for block in numbers:
+            hooks.callback(block.register_forward_pre_hook(hold).remove)
             hooks.callback(block.register_forward_hook(look).remove)
         _forward(model, tokens)
     return seen[0]
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
-    device = next(model.parameters()).device
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     with suppress(Stop):
         model(input_ids=tokens.to(device), use_cache=False)
 
@@ -182,7 +198,8 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
     """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
     if isinstance(value, Tensor):
         if id(value) not in memo:
-            memo[id(value)] = value, value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+            moved = value.to(device)  # before it is widened: half the bytes to move
+            memo[id(value)] = value, moved.float() if moved.is_floating_point() else moved
         return memo[id(value)][1]
     if isinstance(value, dict):
         return {key: _moved(item, device, memo) for key, item in value.items()}
@@ -193,20 +210,22 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
 
 @contextmanager
 def lifted(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """`block` in float32 on `device`; afterwards each tensor it still holds goes back to where and what it was."""
+    """`block` in float32 on `device`; afterwards each tensor that it still holds goes back to where and what it was."""
     origin = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
     buffers = {name: b.device for name, b in block.named_buffers()}
     for parameter in block.parameters():
-        parameter.data = parameter.data.to(device, torch.float32)
+        parameter.data = parameter.data.to(device).to(torch.float32)
     for buffer in block.buffers():
         buffer.data = buffer.data.to(device)
     try:
         yield
     finally:
         for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(*origin[name])
+            if name in origin and not parameter.is_meta:
+                parameter.data = parameter.data.to(*origin[name])
         for name, buffer in block.named_buffers():
-            buffer.data = buffer.data.to(buffers[name])
+            if name in buffers:
+                buffer.data = buffer.data.to(buffers[name])
 
 
 @contextmanager
