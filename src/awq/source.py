@@ -177,12 +177,12 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next(whole, next(iter(known), AutoModelForCausalLM))
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(model: nn.Module, name: str, prefix: str = "") -> None:
     """CheckpointError naming the first parameter that holds NaN or infinity."""
     for parameter, value in model.named_parameters():
         if value.device.type != "meta" and not bool(value.isfinite().all()):
             raise CheckpointError(
-                f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed."
+                f"{name} has NaN or infinite values in {prefix}{parameter}: the file is damaged or overflowed."
             )
 
 

@@ -77,7 +77,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._draft(len(self._shards))
-        with _reported(path):
+        with reported(path):
             path.parent.mkdir(exist_ok=True)
             save_file(self._shard, path, metadata={"format": "pt"})
         self._shards.append(list(self._shard))
@@ -95,7 +95,7 @@ class ShardWriter:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON in the given key order; NaN and infinities become null, unknown objects text."""
     strict = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-    with _reported(path):
+    with reported(path):
         path.write_text(json.dumps(strict, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -113,7 +113,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
