@@ -45,9 +45,15 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
-    | {"progress"}
-    | {"source"}
+    "weights": {"algorithm", "checkpoint", "errors", "linears", "source"},
+    "save": {"algorithm", "checkpoint", "config", "linear", "names", "source"},
+    "stored": {"linears", "names", "packing", "plan", "save"},
+    "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
+    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "names", "plan", "progress", "run", "save"}
+    | {"source", "stored", "weights"}
+    | GROUND,
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "plan"}
+    | {"progress", "run", "save", "source"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,

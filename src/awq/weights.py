@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from awq.algorithm.held import InMemory
 from awq.checkpoint.files import TensorFiles
 from awq.errors import CheckpointError
 from awq.linears import shared_parameters
@@ -81,7 +82,10 @@ class DiskWeights:
         finally:
             _release(self.blocks[index])
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         for waiting in self._ahead.values():
             waiting.cancel()
         self._reader.shutdown(cancel_futures=True)
@@ -115,7 +119,7 @@ class DiskWeights:
     def _load(self, stored: dict[str, Tensor], device: torch.device) -> None:
         """Give the model's parameters the stored tensors, as transformers converts them."""
         used = self.model._weight_conversions  # of all the files, not of these tensors alone
-        conversions = get_model_conversion_mapping(self.model)
+        conversions: list[Any] = get_model_conversion_mapping(self.model)
         with _no_bars():
             convert_and_load_state_dict_in_model(
                 model=self.model,
@@ -130,6 +134,35 @@ class DiskWeights:
             raise CheckpointError(
                 f"{self.name} has no tensor of its own for {name}: rerun with --whole, which loads all of it at once."
             )
+
+
+class LoadedWeights(InMemory):
+    """A model in memory, whose blocks are dropped as they are done."""
+
+    def __init__(self, model: Any, blocks: str) -> None:
+        self.blocks: nn.ModuleList = model.get_submodule(blocks)
+        self.once = not shared_parameters(self.blocks)
+        self.entered = False
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        yield
+        self.entered = True
+
+    def load_rest(self) -> None:
+        """All is there."""
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        yield
+        if self.once and self.entered:
+            _release(self.blocks[index])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
 
 
 def open_outline(source: Source) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from awq.algorithm.coverage import Counts, counted, every_expert
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.learn import learn
 from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
@@ -32,26 +32,6 @@ from awq.linears import linear_shape, shared_parameters
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
 STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
-
-
-class Weights(Protocol):
-    """Where the float model is: in memory, or on disk but for what is being worked on."""
-
-    def enter(self) -> AbstractContextManager[None]:
-        """What lies outside of the blocks has its weights, as long as it lasts."""
-
-    def block(self, index: int) -> AbstractContextManager[None]:
-        """A block has its weights, as long as it lasts."""
-
-
-class InMemory:
-    """A model that has all of its weights."""
-
-    def enter(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def block(self, index: int) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 def quantize_blocks(
@@ -90,18 +70,18 @@ class BlockLoop:
         wanted: Callable[[str], bool],
         device: torch.device,
         columns: ColumnLoop = PLAIN_LOOP,
-        weights: Weights | None = None,
+        weights: Weights = IN_MEMORY,
     ) -> None:
         self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
-        self.weights = weights or InMemory()
+        self.weights = weights
         self.prefix, self.blocks = find_blocks(model)
         self.shared = shared_parameters(model)
         self.propagated = config.effort != "fast"
         self.budget = Budget(config.outlier_ratio)
         enter = enter_both if self.propagated else enter_model
-        with torch.no_grad(), self.weights.enter():
-            self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, self.weights.block)[0]
-            self.chunks = enter(model, self.blocks, tokens, device, self.weights.block)
+        with torch.no_grad(), weights.enter():
+            self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
+            self.chunks = enter(model, self.blocks, tokens, device, weights)
 
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
@@ -129,8 +109,8 @@ class BlockLoop:
                 for chunk in self.chunks:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
             if self._propagates(index):
-                for parameter, tensor in quantized.items():
-                    block.get_parameter(parameter).data.copy_(tensor)
+                for parameter, value in block.named_parameters():
+                    value.data.copy_(quantized[parameter])
                 Propagation(block, index, self.chunks, inputs).advance()
 
     def checksum(self) -> int:

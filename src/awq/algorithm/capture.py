@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
@@ -102,15 +103,8 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
-Hold = Callable[[int], AbstractContextManager[None]]  # within, a block has its weights
-
-
-def in_memory(_index: int) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 def enter_model(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, block_weights: Hold = in_memory
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
 ) -> list[Chunk]:
     """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
 
@@ -118,7 +112,7 @@ def enter_model(
     first is run once, on a few tokens, to see what a block returns.
     """
     per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8], block_weights)
+    outputs = _count_outputs(model, blocks, tokens[:1, :8], weights)
     return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
 
 
@@ -151,7 +145,7 @@ def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
     return index
 
 
-def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, block_weights: Hold) -> int:
+def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, weights: Weights) -> int:
     """How many values a block returns, 0 for a bare tensor."""
     seen: list[int] = []
     numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
@@ -163,7 +157,7 @@ def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, bloc
     with ExitStack() as held, ExitStack() as hooks:
 
         def hold(block: nn.Module, _args: Any) -> None:
-            held.enter_context(block_weights(numbers[block]))
+            held.enter_context(weights.block(numbers[block]))
 
         for block in numbers:
             hooks.callback(block.register_forward_pre_hook(hold).remove)

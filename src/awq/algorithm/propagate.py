@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, Hold, Stop, enter_model, fast_matmul, in_memory
+from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.moments import Moments
 from awq.algorithm.routing import replayed_routing
 from awq.algorithm.siblings import Siblings
@@ -23,14 +24,14 @@ Seen = dict[str, Tensor]
 
 
 def enter_both(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, block_weights: Hold = in_memory
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
 ) -> list[Chunk]:
     """`enter_model`, with the sequences that are held out in chunks of their own; of a single one, none is."""
     held = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     if len(tokens) > 1 and not held.any():
         held[-1] = True
-    chunks = enter_model(model, blocks, tokens[~held], device, block_weights)
-    for chunk in enter_model(model, blocks, tokens[held], device, block_weights) if held.any() else ():
+    chunks = enter_model(model, blocks, tokens[~held], device, weights)
+    for chunk in enter_model(model, blocks, tokens[held], device, weights) if held.any() else ():
         chunk.held_out = True
         chunks.append(chunk)
     return chunks

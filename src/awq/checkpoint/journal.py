@@ -32,6 +32,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL_FILE
         self.entries: list[Entry] = []
+        self.damaged = False  # lines were found that are not as they were written
         self._file: Any = None
 
     @classmethod
@@ -43,7 +44,9 @@ class Journal:
             journal._file = journal.path.open("a+b")
         _lock(journal._file, folder)
         journal._file.seek(0)
-        journal.entries, end = _read(journal._file.read())
+        text = journal._file.read()
+        journal.entries, end = _read(text)
+        journal.damaged = b"\n" in text[end:]  # a last line without an end was being written
         journal._file.truncate(end)
         return journal
 
@@ -65,9 +68,9 @@ class Journal:
             os.fsync(self._file.fileno())
             sync(self.path.parent)
 
-    def forget(self, count: int) -> None:
-        """Keep the identity and the first `count` blocks."""
-        self.entries = self.entries[: count + 1]
+    def forget(self, count: int | None = None) -> None:
+        """Keep the identity and the first `count` blocks; nothing for None."""
+        self.entries = [] if count is None else self.entries[: count + 1]
         text = b"".join(_line(entry, self._checksum(index)) for index, entry in enumerate(self.entries))
         with reported(self.path):
             self._file.truncate(len(text))

@@ -69,8 +69,9 @@ class Slots:
         return sum(self._sizes.values())
 
     @property
-    def files(self) -> list[Path]:
-        return list(self._sizes)
+    def missing_bytes(self) -> int:
+        """What is not yet allocated of them."""
+        return sum(size for path, size in self._sizes.items() if not path.exists())
 
     def allocate(self) -> None:
         """Make the files, whose space is then taken, or find them made; AwqError where the disk has too little."""
@@ -95,11 +96,16 @@ class Slots:
         with reported(slot.path), slot.path.open("r+b", buffering=0) as file:
             _write_at(file.fileno(), slot.start, _bytes(tensor))
 
-    def sync(self) -> None:
-        """What was filled survives a loss of power."""
-        for path in self._sizes:
+    def sync(self, names: Iterable[str]) -> None:
+        """What was filled in for these tensors survives a loss of power."""
+        for path in {self._slots[name].path for name in names}:
             with reported(path):
                 sync(path)
+
+    def load(self, name: str) -> Tensor:
+        slot = self._slots[name]
+        flat = torch.frombuffer(bytearray(self._read(slot)), dtype=slot.outline.dtype)
+        return flat.view(slot.outline.shape)
 
     def digest(self, names: Iterable[str]) -> str:
         """Of the bytes of these tensors as the files hold them; "" where a file is not what was allocated."""
@@ -107,10 +113,13 @@ class Slots:
         for slot in map(self._slots.__getitem__, names):
             if not slot.path.exists() or slot.path.stat().st_size != self._sizes[slot.path]:
                 return ""
-            with slot.path.open("rb") as file:
-                file.seek(slot.start)
-                found.update(file.read(slot.outline.nbytes))
+            found.update(self._read(slot))
         return found.hexdigest()
+
+    def _read(self, slot: _Slot) -> bytes:
+        with slot.path.open("rb") as file:
+            file.seek(slot.start)
+            return file.read(slot.outline.nbytes)
 
     def write_index(self) -> None:
         """What more than one shard needs beside it."""
@@ -126,6 +135,14 @@ def digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         found.update(_bytes(tensor))
     return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes; "" where there is none."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -172,7 +189,7 @@ def _reserve(handle: int, size: int) -> None:
 
 def _bytes(tensor: Tensor) -> memoryview:
     plain = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy())
+    return plain.numpy().data
 
 
 def _write_at(handle: int, position: int, data: memoryview) -> None:
