@@ -99,8 +99,7 @@ class Slots:
     def sync(self, names: Iterable[str]) -> None:
         """What was filled in for these tensors survives a loss of power."""
         for path in {self._slots[name].path for name in names}:
-            with reported(path):
-                sync(path)
+            sync(path)
 
     def load(self, name: str) -> Tensor:
         slot = self._slots[name]
@@ -147,11 +146,12 @@ def file_digest(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with reported(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _split(outlines: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
