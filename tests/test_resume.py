@@ -1,4 +1,4 @@
-"""A run that ends before its time: what it did is kept, what it did not is done by the same command, to the same bytes."""
+"""A run that ends before its time: the same command does what is left to do, to the same bytes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_in_memory_and_from_disk_it_is_the_same_checkpoint(source: Path, tmp_pat
 
 def test_an_interrupt_says_what_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     end_at(monkeypatch, 2, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt, match="2 finished blocks are kept: the same command goes on behind them"):
+    with pytest.raises(KeyboardInterrupt, match="2 of 4 blocks are kept: the same command goes on behind them"):
         run(source, tmp_path / "out")
 
 
@@ -276,7 +276,7 @@ def test_room_that_is_taken_meanwhile(source: Path, tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(slots, "_reserve", full)
-    with pytest.raises(AwqError, match="could not be written .*No space left"):
+    with pytest.raises(AwqError, match=r"could not be written .*No space left"):
         run(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -288,7 +288,7 @@ def test_an_unreadable_source(source: Path, tmp_path: Path, monkeypatch: pytest.
     work = interrupted(source, tmp_path / "out", monkeypatch, 2)
     with monkeypatch.context() as patch:
         patch.setattr(source_module.TensorFiles, "load", unreadable)
-        with pytest.raises(CheckpointError, match=r"copy the file again\. 2 finished blocks are kept"):
+        with pytest.raises(CheckpointError, match=r"copy the file again\. 2 of 4 blocks are kept"):
             run(source, tmp_path / "out")
     assert work.exists()
     run(source, tmp_path / "out")

@@ -69,7 +69,7 @@ def test_tied_embeddings_are_one_tensor(tmp_path: Path, dtype: torch.dtype) -> N
 
 
 def test_the_next_block_is_read_ahead_and_no_other(tmp_path: Path) -> None:
-    model, weights = opened(find_source(save_tiny(tmp_path, tiny_llama(num_hidden_layers=4))))
+    _, weights = opened(find_source(save_tiny(tmp_path, tiny_llama(num_hidden_layers=4))))
     with weights:
         with weights.block(1):
             assert list(weights._ahead) == [2]

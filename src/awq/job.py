@@ -80,8 +80,8 @@ def run_job(
     warn_if_slow(job.outline, job.planned.linears, job.planned.config, job.device)
     identity = {"recipe": report["recipe"], "versions": report["versions"], "shard_bytes": target.shard_bytes}
     stored = Stored(job.outline, job.planned)
-    with Run.open(target, stored, identity) as run, _continued(run), job.weights:
-        blocks = len(job.model.get_submodule(job.planned.blocks))
+    blocks = len(job.model.get_submodule(job.planned.blocks))
+    with Run.open(target, stored, identity) as run, _continued(run, blocks), job.weights:
         if len(run.done) < blocks:
             _solve(job, run, tokens, blocks, progress)
         report["linears"] = run.linears
@@ -144,13 +144,12 @@ def _preparation(model: nn.Module, planned: Plan) -> Callable[[str], None]:
 
 
 @contextmanager
-def _continued(run: Run) -> Iterator[None]:
+def _continued(run: Run, blocks: int) -> Iterator[None]:
     """Say with what ends the run how it can be continued."""
     try:
         yield
     except (AwqError, KeyboardInterrupt) as error:
-        count = len(run.done)
-        kept = f"{count} finished blocks are kept: the same command goes on behind them"
-        if count:
-            raise type(error)(f"{error} {kept}.".strip()) from error
-        raise
+        if not run.done:
+            raise
+        kept = f"{len(run.done)} of {blocks} blocks are kept: the same command goes on behind them."
+        raise type(error)(f"{error} {kept}".strip()) from error

@@ -103,6 +103,7 @@ def publish(stage: Path, target: Path, overwrite: bool) -> None:
     """Put a complete folder in the place of `target`, which may be one to overwrite."""
     _share(stage)
     _replace(check_output(target, overwrite), stage)
+    _sweep(target)
 
 
 def _share(stage: Path) -> None:
@@ -129,7 +130,7 @@ def _replace(target: Path, stage: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove what killed runs left behind: their process, named last, is gone."""
-    for left in target.parent.glob(f".{target.name}.partial-*"):
+    for left in (path for kind in ("partial", "replaced") for path in target.parent.glob(f".{target.name}.{kind}-*")):
         process = left.name.rpartition("-")[2]
         if not process.isdigit() or int(process) == os.getpid() or not _runs(int(process)):
             shutil.rmtree(left, ignore_errors=True)
