@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.activations import Activations, ParkedList
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
 from awq.algorithm.coverage import Counts, counted, every_expert
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
@@ -71,6 +72,7 @@ class BlockLoop:
         device: torch.device,
         columns: ColumnLoop = PLAIN_LOOP,
         weights: Weights = IN_MEMORY,
+        activations: Activations | None = None,
     ) -> None:
         self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
         self.weights = weights
@@ -82,6 +84,9 @@ class BlockLoop:
         with torch.no_grad(), weights.enter():
             self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
             self.chunks = enter(model, self.blocks, tokens, device, weights)
+        self.activations = activations or Activations()
+        for chunk in self.chunks:
+            chunk.move(self.activations)
 
     def name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
@@ -104,7 +109,7 @@ class BlockLoop:
         """
         block, self.budget.left = self.blocks[index], left
         with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
-            inputs = [chunk.hidden for chunk in self.chunks]
+            inputs = ParkedList([chunk.parked for chunk in self.chunks])
             with every_expert(block, self.chunks), fast_matmul():
                 for chunk in self.chunks:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
@@ -229,7 +234,7 @@ def _look(
 
     The chunks move on to its output.
     """
-    inputs = [chunk.hidden for chunk in chunks]
+    inputs = ParkedList([chunk.parked for chunk in chunks])
     probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
 
     def run() -> Tensor:
@@ -249,7 +254,7 @@ def _look(
         every_expert(block, chunks),
         counted(block) as counts,
         fast_matmul(),
-        recorded(block, points) as exact,
+        recorded(block, points, activations=chunks[0].activations) as exact,
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.activations import Activations, Kept, Parked
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
@@ -82,10 +83,22 @@ class Chunk:
     held_out:  not fitted to, only judged by
     """
 
-    hidden: Tensor
+    activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
+    hidden: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
     calls: list[Call | None] = field(default_factory=list)
-    quantized: Tensor | None = None
+    quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
+
+    def move(self, activations: Activations) -> None:
+        """Keep what is to come, and what there is, in other rooms."""
+        self.__dict__["activations"] = activations
+        self.hidden, self.quantized = self.hidden, self.quantized
+
+    @property
+    def parked(self) -> Parked:
+        """The hidden states where they are."""
+        parked: Parked = self.__dict__["_hidden"]
+        return parked
 
     def call(self, index: int) -> Call:
         """How text calls a block that it runs."""

@@ -54,7 +54,7 @@ def learn(
 
     norms: what is added to the weight of each norm before it multiplies (0 or 1), by name
     """
-    entering = streams.entering()
+    entering = list(streams.entering())
     held_out = [pair for pair in entering if pair[0].held_out]
     # chunks of one size, so that a CUDA graph serves them all
     fit = [pair for pair in entering if not pair[0].held_out and pair[1].shape == entering[0][1].shape]

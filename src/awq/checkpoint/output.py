@@ -130,7 +130,8 @@ def _replace(target: Path, stage: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove what killed runs left behind: their process, named last, is gone."""
-    for left in (path for kind in ("partial", "replaced") for path in target.parent.glob(f".{target.name}.{kind}-*")):
+    kinds = ("partial", "replaced") if target.exists() else ("partial",)
+    for left in (path for kind in kinds for path in target.parent.glob(f".{target.name}.{kind}-*")):
         process = left.name.rpartition("-")[2]
         if not process.isdigit() or int(process) == os.getpid() or not _runs(int(process)):
             shutil.rmtree(left, ignore_errors=True)
