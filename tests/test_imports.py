@@ -48,12 +48,14 @@ ALLOWED = {
     "weights": {"algorithm", "checkpoint", "errors", "linears", "source"},
     "save": {"algorithm", "checkpoint", "config", "linear", "names", "source"},
     "stored": {"linears", "names", "packing", "plan", "save"},
+    "stages": set(),
+    "memory": {"algorithm", "config", "errors", "linears"},
     "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
-    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "names", "plan", "progress", "run", "save"}
-    | {"source", "stored", "weights"}
+    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "memory", "names", "plan", "progress"}
+    | {"run", "save", "source", "stages", "stored", "weights"}
     | GROUND,
-    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "plan"}
-    | {"progress", "run", "save", "source"}
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
+    | {"plan", "progress", "run", "save", "source", "stages"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,

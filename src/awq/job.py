@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,21 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.activations import Activations
 from awq.algorithm.blocks import BlockLoop
 from awq.algorithm.find import find_blocks
 from awq.algorithm.result import Results
+from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
 from awq.errors import AwqError
 from awq.experts import split_experts
 from awq.linears import as_linear
+from awq.memory import Limits, Place, plan_activations
 from awq.names import by_stored_names
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.run import Run, Solved, Target, in_background
 from awq.save import model_config
 from awq.source import Source, check_finite, replace_module
+from awq.stages import Stages
 from awq.stored import Stored
 from awq.weights import DiskWeights, LoadedWeights, obstacle, open_outline
 
@@ -69,6 +74,8 @@ def run_job(
     report: dict[str, Any],
     extras: Callable[[Path], None],
     *,
+    stages: Stages,
+    limits: Limits | None = None,
     progress: bool = True,
 ) -> Written:
     """Solve every block that an earlier run has not, and write the checkpoint; `report` gets the linears.
@@ -80,21 +87,33 @@ def run_job(
     warn_if_slow(job.outline, job.planned.linears, job.planned.config, job.device)
     identity = {"recipe": report["recipe"], "versions": report["versions"], "shard_bytes": target.shard_bytes}
     stored = Stored(job.outline, job.planned)
-    blocks = len(job.model.get_submodule(job.planned.blocks))
+    outline: Any = job.outline.get_submodule(job.planned.blocks)
+    blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path))
+    activations = plan_activations(outline, job.planned.config, tokens.shape, place)
     with Run.open(target, stored, identity) as run, _continued(run, blocks), job.weights:
         if len(run.done) < blocks:
-            _solve(job, run, tokens, blocks, progress)
+            _solve(job, run, tokens, activations, stages, progress)
         report["linears"] = run.linears
-        job.weights.load_rest()
-        named = by_stored_names(job.outline, report)
-        return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
+        with stages("finish"):
+            job.weights.load_rest()
+            named = by_stored_names(job.outline, report)
+            return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
 
 
-def _solve(job: Job, run: Run, tokens: Tensor, blocks: int, progress: bool) -> None:
-    wanted = frozenset(job.planned.linears)
-    columns = column_loop(job.device)
-    loop = BlockLoop(job.model, tokens, job.planned.config, wanted.__contains__, job.device, columns, job.weights)
-    begun = list(run.done)
+def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages: Stages, progress: bool) -> None:
+    wanted, config = frozenset(job.planned.linears), job.planned.config
+    loop = BlockLoop(
+        job.model,
+        tokens,
+        config,
+        wanted.__contains__,
+        job.device,
+        column_loop(job.device),
+        weights=job.weights,
+        activations=activations,
+        stage=stages,
+    )
+    begun, blocks = list(run.done), len(loop.blocks)
     with track("Quantizing", blocks, enabled=progress) as bar, in_background(run.add) as add:
         for index, entry in enumerate(begun):
             loop.replay(index, entry["left"], run.parameters(index))
@@ -106,10 +125,23 @@ def _solve(job: Job, run: Run, tokens: Tensor, blocks: int, progress: bool) -> N
                 stacklevel=4,
             )
         for index in range(len(begun), blocks):
-            with loop.solved(index) as results:
+            with stages("search"), loop.solved(index) as results, stages("write"):
                 add(_solved(loop, index, results))
-            warn_fallbacks(loop.name(index), {name: result.report for name, result in results.items()})
-            bar.advance(note=loop.name(index))
+            reports = {name: result.report for name, result in results.items()}
+            warn_fallbacks(loop.name(index), reports)
+            bar.advance(note=_note(loop.name(index), reports, stages))
+
+
+def _note(block: str, reports: Mapping[str, Mapping[str, Any]], stages: Stages) -> str:
+    """What a finished block has to say: its loss beside that of plain rounding, and the memory so far."""
+    rounding, loss = (_mean(report[key] for report in reports.values()) for key in ("loss_rounding", "loss"))
+    memory = ", ".join(f"{size / 1e9:.1f} GB {place}" for place, size in stages.memory().items())
+    return f"{block}: loss {loss:.2g} (rounding {rounding:.2g}), {memory}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / max(len(known), 1)
 
 
 def _solved(loop: BlockLoop, index: int, results: Results) -> Solved:

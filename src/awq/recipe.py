@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,32 @@ from awq.experts import split_experts
 from awq.job import open_job, run_job, warn_fallbacks
 from awq.linear import QuantLinear
 from awq.linears import as_linear
+from awq.memory import Limits
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.run import Target
 from awq.save import extras_of, save_quantized
 from awq.source import check_finite, find_source, pick_device, replace_module, skeleton
+from awq.stages import Stages
 
 __all__ = ["Finished", "check_length", "check_model", "quantize_folder", "quantize_model", "save_quantized"]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A checkpoint on disk. `already_complete`: the identical recipe had been run before, so nothing was."""
+    """A checkpoint on disk.
+
+    already_complete: the identical recipe had been run before, so nothing was
+    seconds:          by stage of this run; memory: the most that it took, in bytes, by place
+    """
 
     path: Path
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
     size_bytes: int = 0
     already_complete: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def quantize_model(
@@ -144,6 +152,8 @@ def quantize_folder(
     verify: str = "quick",
     shard_size: str | int = "5GB",
     whole: bool = False,
+    gpu_memory: str | int | None = None,
+    host_memory: str | int | None = None,
     progress: bool = True,
 ) -> Finished:
     """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`, block by block.
@@ -151,8 +161,11 @@ def quantize_folder(
     The float model stays on disk but for a block or two; `whole` loads all of it at once, as a GGUF needs. Everything
     that can be wrong with the arguments is found before the weights are read. A run that was ended goes on behind its
     last finished block when it is started again, and an output finished by the identical recipe is left alone.
+
+    gpu_memory, host_memory: what may be used, in bytes or as "8GiB"; most of what is free by default
     """
     target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
+    limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))
     check_settings(replace(config, group_size=config.group_size or -1), verify)
     place = pick_device(device)
     source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -188,8 +201,9 @@ def quantize_folder(
     _check_tokens(job.outline, text.tokens, source.name)
     extras = extras_of(job.model, [tokenizer], source.processor_files())
     report = _report(recipe, job.planned)
-    written = run_job(job, target, text.tokens, report, extras, progress=progress)
-    return Finished(written.path, report, written.warnings, written.bytes)
+    with Stages(place) as stages:
+        written = run_job(job, target, text.tokens, report, extras, stages=stages, limits=limits, progress=progress)
+    return Finished(written.path, report, written.warnings, written.bytes, False, stages.seconds, stages.memory())
 
 
 def _already_complete(output: Path) -> Finished:

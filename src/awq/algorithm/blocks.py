@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +73,16 @@ class BlockLoop:
         columns: ColumnLoop = PLAIN_LOOP,
         weights: Weights = IN_MEMORY,
         activations: Activations | None = None,
+        stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
-        self.weights = weights
+        self.weights, self.stage = weights, stage
         self.prefix, self.blocks = find_blocks(model)
         self.shared = shared_parameters(model)
         self.propagated = config.effort != "fast"
         self.budget = Budget(config.outlier_ratio)
         enter = enter_both if self.propagated else enter_model
-        with torch.no_grad(), weights.enter():
+        with torch.no_grad(), stage("read"), weights.enter():
             self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
             self.chunks = enter(model, self.blocks, tokens, device, weights)
         self.activations = activations or Activations()
@@ -95,11 +96,13 @@ class BlockLoop:
     def solved(self, index: int) -> Iterator[Results]:
         """The results of a block by full linear name, while it still is in float32 on the device."""
         block, name = self.blocks[index], self.name(index)
-        with torch.no_grad(), self.weights.block(index):
-            origin, stored_in = next(block.parameters()).device, storage_dtype(block)
-            with lifted(block, self.device):
-                results = self._solve(block, index, stored_in)
-                yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
+        with torch.no_grad(), ExitStack() as held:
+            with self.stage("read"):
+                held.enter_context(self.weights.block(index))
+                origin, stored_in = next(block.parameters()).device, storage_dtype(block)
+                held.enter_context(lifted(block, self.device))
+            results = self._solve(block, index, stored_in)
+            yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
     def replay(self, index: int, left: float, quantized: Mapping[str, Tensor]) -> None:
         """Move on behind a block that is done.
@@ -128,7 +131,8 @@ class BlockLoop:
 
     def _solve(self, block: nn.Module, index: int, stored_in: torch.dtype) -> Results:
         config, like = self.config, Siblings(block)
-        structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
+        with self.stage("capture"):
+            structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
         linears = self._linears(block, index, stats)
         count_tokens(linears, like, counts)
         groups = [group for group in structure.groups if config.scale and _alone(block, group, self.shared)]

@@ -100,11 +100,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes in a shard size such as "5GB", "200MiB" or a plain number."""
+    """Bytes in a size such as "5GB", "200MiB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(size).strip().upper())
     unit = _UNITS.get(match[2]) if match else None
     if not match or unit is None or float(match[1]) * unit < 1:
-        raise ConfigError(f'shard_size={size!r} is no size: write it as "5GB", "500MB" or a number of bytes.')
+        raise ConfigError(f'{size!r} is no size: write it as "5GB", "500MB" or a number of bytes.')
     return int(float(match[1]) * unit)
 
 
