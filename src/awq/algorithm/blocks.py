@@ -73,7 +73,7 @@ class BlockLoop:
         columns: ColumnLoop = PLAIN_LOOP,
         weights: Weights = IN_MEMORY,
         activations: Activations | None = None,
-        stage: Callable[[str], AbstractContextManager[None]] = nullcontext,
+        stage: Callable[[str], AbstractContextManager[None]] = lambda _stage: nullcontext(),
     ) -> None:
         self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
         self.weights, self.stage = weights, stage

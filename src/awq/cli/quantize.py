@@ -145,6 +145,6 @@ def _show(finished: Finished, as_json: bool) -> None:
         )
         return
     title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
-    took = {f"seconds to {stage}": seconds for stage, seconds in finished.seconds.items()}
+    took: dict[str, object] = {f"seconds to {stage}": seconds for stage, seconds in finished.seconds.items()}
     took |= {f"{place} memory": format_bytes(size) for place, size in finished.memory.items()}
     print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary, **took})
