@@ -116,7 +116,7 @@ def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages:
     begun, blocks = list(run.done), len(loop.blocks)
     with track("Quantizing", blocks, enabled=progress) as bar, in_background(run.add) as add:
         for index, entry in enumerate(begun):
-            loop.replay(index, entry["left"], run.parameters(index))
+            loop.replay(index, entry["left"], run.parameters(index, job.device))
             bar.advance(note=f"{entry['block']}, done before")
         if begun and loop.checksum() != begun[-1]["checksum"]:
             warnings.warn(
