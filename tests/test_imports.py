@@ -49,9 +49,17 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
-    | {"progress"}
-    | {"source"}
+    "weights": {"algorithm", "checkpoint", "errors", "linears", "source"},
+    "save": {"algorithm", "checkpoint", "config", "linear", "names", "source"},
+    "stored": {"linears", "names", "packing", "plan", "save"},
+    "stages": set(),
+    "memory": {"algorithm", "config", "errors", "linears"},
+    "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
+    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "memory", "names", "plan", "progress"}
+    | {"run", "save", "source", "stages", "stored", "weights"}
+    | GROUND,
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
+    | {"plan", "progress", "run", "save", "source", "stages"}
     | GROUND,
     "place": {"errors", "linear"},
     "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "outline", "place", "source"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,45 @@ import transformers
 from torch import Tensor, nn
 
 from awq import __version__
-from awq.algorithm.blocks import quantize_blocks, storage_dtype
+from awq.algorithm.blocks import quantize_blocks
 from awq.calibration import CalibrationSet, load_calibration
-from awq.checkpoint.output import check_output, finished_recipe
+from awq.checkpoint.output import check_output, finished_recipe, unfinished
 from awq.checkpoint.read import open_checkpoint
-from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
+from awq.checkpoint.shards import parse_size
+from awq.checkpoint.write import check_settings
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
 from awq.errors import CalibrationError, ConfigError
 from awq.experts import split_experts
+from awq.job import open_job, run_job, warn_fallbacks
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import by_stored_names, kept_in_float32, not_converted, of_module, text_prefixes, to_stored
+from awq.memory import Limits
 from awq.plan import Plan, make_plan
 from awq.progress import track
-from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
+from awq.run import Target
+from awq.save import extras_of, save_quantized
+from awq.source import check_finite, find_source, pick_device, replace_module, skeleton, undispatched
+from awq.stages import Stages
+
+__all__ = ["Finished", "check_length", "check_model", "quantize_folder", "quantize_model", "save_quantized"]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A checkpoint on disk. `already_complete`: the identical recipe had been run before, so nothing was."""
+    """A checkpoint on disk.
+
+    already_complete: the identical recipe had been run before, so nothing was
+    seconds:          by stage of this run; memory: the most that it took, in bytes, by place
+    """
 
     path: Path
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
     size_bytes: int = 0
     already_complete: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def quantize_model(
@@ -70,17 +82,22 @@ def quantize_model(
     place = pick_device(device)
     warn_if_slow(model, wanted, planned.config, place)
     solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
-    with track("Quantizing", blocks, enabled=progress) as bar:
+    with track("Quantizing", blocks, enabled=progress) as bar, undispatched(model, planned.blocks):
         for block, results in solve:
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
                 linears[linear] = result.report
-            _warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
+            warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
             bar.advance(note=block)
+    recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
+    return _report(recipe, planned) | {"linears": linears}
+
+
+def _report(recipe: dict[str, Any], planned: Plan) -> dict[str, Any]:
     return {
-        "recipe": {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)},
+        "recipe": recipe,
         "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "linears": linears,
+        "linears": {},
         "not_converted": planned.not_converted,
         "notes": [*planned.notes],
     }
@@ -90,11 +107,8 @@ def check_model(model: Any, config: QuantConfig, name: str) -> Plan:
     """The plan for a model whose weights are there; ConfigError or CheckpointError where they cannot be quantized."""
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError(f"{name} is quantized already, at least in part: load its float original again.")
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise ConfigError(
-            f"{name} is spread over {', '.join(sorted(places))}: load it on one device; blocks visit the GPU in turn."
-        )
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ConfigError(f"{name} is on the disk in part: quantize its folder instead, which is read block by block.")
     split_experts(model)
     planned = make_plan(model, config)
     check_finite(model, name)
@@ -118,58 +132,6 @@ def _check_tokens(model: Any, tokens: Tensor, name: str) -> None:
         )
 
 
-def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
-    for reason in {report["fallback"] for report in reports.values()} - {None}:
-        names = ", ".join(name for name, report in reports.items() if report["fallback"] == reason)
-        warnings.warn(f"{block}: {reason} in {names}: rounded plainly.", stacklevel=3)
-
-
-def save_quantized(
-    model: nn.Module,
-    folder: str | Path,
-    report: dict[str, Any],
-    *,
-    tokenizer: Any = None,
-    processor: Any = None,
-    beside: Mapping[str, Path] | None = None,
-    shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    verify: str = "quick",
-) -> Written:
-    """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder.
-
-    beside: files of the source that travel along as they are, by their name in the folder
-    """
-    config = replace(
-        QuantConfig.from_dict(report["recipe"]["config"]),
-        modules_to_not_convert=not_converted(model, report["not_converted"], report["linears"]),
-    )
-
-    def extras(target: Path) -> None:
-        for name, path in (beside or {}).items():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
-        for part in (tokenizer, processor):
-            if part is not None:
-                part.save_pretrained(target)
-        if (generation := getattr(model, "generation_config", None)) is not None:
-            # not by save_pretrained, which refuses what old models came with (a temperature without do_sample)
-            (target / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
-
-    return write_checkpoint(
-        Path(folder),
-        config=_model_config(model),
-        quant=config,
-        linears=_quantized_linears(model),
-        floats=_float_tensors(model),
-        report=by_stored_names(model, report),
-        extras=extras,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        verify=verify,
-    )
-
-
 def quantize_folder(
     model: str | Path,
     output: str | Path,
@@ -185,29 +147,35 @@ def quantize_folder(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     verify: str = "quick",
+    shard_size: str | int = "5GB",
+    whole: bool = False,
+    gpu_memory: str | int | None = None,
+    host_memory: str | int | None = None,
     progress: bool = True,
 ) -> Finished:
-    """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`.
+    """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`, block by block.
 
-    Everything that can be wrong with the arguments is found before the weights are read. An output finished by the
-    identical recipe is reported complete and left alone.
+    The float model stays on disk but for a block or two; `whole` loads all of it at once, as a GGUF needs. Everything
+    that can be wrong with the arguments is found before the weights are read. A run that was ended goes on behind its
+    last finished block when it is started again, and an output finished by the identical recipe is left alone.
+
+    gpu_memory, host_memory: what may be used, in bytes or as "8GiB"; most of what is free by default
     """
-    if config.bits != 4:
-        raise ConfigError(f"bits={config.bits} cannot be stored: the checkpoint format holds 4-bit codes only.")
-    pick_device(device)
+    target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
+    limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))
+    check_settings(replace(config, group_size=config.group_size or -1), verify)
+    place = pick_device(device)
     source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    done = finished_recipe(Path(output))
+    done = finished_recipe(target.path)
     if done is None:
-        check_output(Path(output), overwrite)
+        check_output(target.path, overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
     outline = skeleton(model_config, trust_remote_code=trust_remote_code)
     split_experts(outline)
-    planned = make_plan(outline, config)
+    make_plan(outline, config)
     tokenizer = source.tokenizer()
-    float_model = source.load() if "self" in calibration else None
-    if float_model is not None:
-        check_finite(float_model, source.name)
+    job = open_job(source, config, place, whole="it writes its own text" if "self" in calibration else whole)
     text = load_calibration(
         tokenizer,
         sources=list(calibration) or None,
@@ -215,31 +183,24 @@ def quantize_folder(
         seq_len=seq_len,
         seed=seed,
         text_column=text_column,
-        model=float_model,
+        model=job.model if "self" in calibration else None,
     )
     recipe = {
         "awq": __version__,
         "model": {"name": Path(source.name).name, "fingerprint": source.fingerprint()},
-        "config": _config_dict(planned.config),
+        "config": _config_dict(job.planned.config),
         "calibration": _calibration_dict(text),
     }
     if done == recipe and not overwrite:
-        open_checkpoint(output)  # a file may have gone since
-        return _already_complete(Path(output))
-    check_output(Path(output), overwrite)
-    float_model = float_model or source.load()
-    report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
-    report |= {"recipe": recipe, "source": source.origin()}
-    written = save_quantized(
-        float_model,
-        output,
-        report,
-        tokenizer=tokenizer,
-        beside=source.processor_files(),
-        overwrite=overwrite,
-        verify=verify,
-    )
-    return Finished(written.path, report, written.warnings, written.bytes)
+        open_checkpoint(target.path)  # a file may have gone since
+        shutil.rmtree(unfinished(target.path), ignore_errors=True)
+        return _already_complete(target.path)
+    _check_tokens(job.outline, text.tokens, source.name)
+    extras = extras_of(job.model, [tokenizer], source.processor_files())
+    report = _report(recipe, job.planned) | {"source": source.origin()}
+    with Stages(place) as stages:
+        written = run_job(job, target, text.tokens, report, extras, stages=stages, limits=limits, progress=progress)
+    return Finished(written.path, report, written.warnings, written.bytes, False, stages.seconds, stages.memory())
 
 
 def _already_complete(output: Path) -> Finished:
@@ -259,37 +220,3 @@ def _calibration_dict(calibration: CalibrationSet) -> dict[str, Any]:
         "shape": list(tokens.shape),
         "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
-
-
-def _model_config(model: Any) -> dict[str, Any]:
-    config = copy.deepcopy(model.config)
-    drop_quantization(config)
-    config.architectures = [type(model).__name__]
-    config.dtype = config.get_text_config().dtype = storage_dtype(model.get_input_embeddings())
-    settings: dict[str, Any] = json.loads(config.to_json_string())
-    settings.pop("_name_or_path", None)
-    return settings
-
-
-def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
-    rename = of_module(to_stored(model))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            bias = module.bias
-            yield rename(name), module.packed, bias if isinstance(bias, Tensor) else None, module.outliers
-
-
-def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Everything that is not in a QuantLinear, tied tensors once; the language part in the storage dtype."""
-    quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype, rename, keep = storage_dtype(model.get_input_embeddings()), to_stored(model), kept_in_float32(model)
-    text = text_prefixes(model, quantized)
-    seen: set[tuple[int, torch.Size]] = set()
-    tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
-    for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
-        key = (tensor.data_ptr(), tensor.shape)
-        if name.startswith(quantized) or (name in tied and key in seen):
-            continue
-        seen.add(key)
-        halved = tensor.dtype == torch.float32 and name.startswith(text) and not keep(name)
-        yield rename(name), tensor.to(dtype) if halved else tensor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import accelerate
 import huggingface_hub
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import (
@@ -39,6 +42,7 @@ _BESIDE = ("*processor_config.json", "audio_tokenizer_config.json", "chat_templa
 _LICENCE_LINE = re.compile(r"""^(license(?:_name|_link)?):[ \t]*["']?([^"'\n]+?)["']?[ \t]*$""", re.MULTILINE)
 _CARD_BYTES = 1 << 16
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
+_SMALL_FILE = 1 << 26  # read whole: samples of it could miss what differs
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,9 @@ class Source:
         return known if Path(self.name).expanduser().exists() else {"id": self.name, **known}
 
     def fingerprint(self) -> str:
-        """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes."""
+        """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes, all of a small
+        file's.
+        """
         digest = hashlib.sha256()
         config = self.folder / "config.json"
         if config.exists() and not self.gguf:
@@ -128,10 +134,11 @@ class Source:
         for path in self.weight_files():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
+            sample = _SAMPLE_EVERY if size <= _SMALL_FILE else _SAMPLE_BYTES
             with path.open("rb") as file:
                 for position in range(0, size, _SAMPLE_EVERY):
                     file.seek(position)
-                    digest.update(file.read(_SAMPLE_BYTES))
+                    digest.update(file.read(sample))
         return digest.hexdigest()
 
 
@@ -202,18 +209,32 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next(whole, next(iter(known), AutoModelForCausalLM))
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(model: nn.Module, name: str, prefix: str = "") -> None:
     """CheckpointError naming the first parameter that holds NaN or infinity."""
     for parameter, value in model.named_parameters():
         if value.device.type != "meta" and not bool(value.isfinite().all()):
             raise CheckpointError(
-                f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed."
+                f"{name} has NaN or infinite values in {prefix}{parameter}: the file is damaged or overflowed."
             )
 
 
 def drop_quantization(config: PretrainedConfig) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+@contextmanager
+def undispatched(model: Any, blocks: str) -> Iterator[None]:
+    """The blocks of a model that is spread over devices without what moves their inputs; it is spread anew behind it.
+
+    They are moved to where they are worked on, and back.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        yield
+        return
+    remove_hook_from_submodules(model.get_submodule(blocks))
+    yield
+    accelerate.dispatch_model(model, model.hf_device_map, force_hooks=True)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.activations import Activations, Kept, Parked
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
@@ -81,10 +83,22 @@ class Chunk:
     held_out:  not fitted to, only judged by
     """
 
-    hidden: Tensor
+    activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
+    hidden: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
     calls: list[Call | None] = field(default_factory=list)
-    quantized: Tensor | None = None
+    quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
+
+    def move(self, activations: Activations) -> None:
+        """Keep what is to come, and what there is, in other rooms."""
+        self.__dict__["activations"] = activations
+        self.hidden, self.quantized = self.hidden, self.quantized
+
+    @property
+    def parked(self) -> Parked:
+        """The hidden states where they are."""
+        parked: Parked = self.__dict__["_hidden"]
+        return parked
 
     def call(self, index: int) -> Call:
         """How text calls a block that it runs."""
@@ -102,13 +116,16 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
-def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
+def enter_model(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
+) -> list[Chunk]:
     """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
 
-    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
+    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
+    first is run once, on a few tokens, to see what a block returns.
     """
     per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8])
+    outputs = _count_outputs(model, blocks, tokens[:1, :8], device, weights)
     return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
 
 
@@ -141,23 +158,28 @@ def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
     return index
 
 
-def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> int:
+def _count_outputs(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights
+) -> int:
     """How many values a block returns, 0 for a bare tensor."""
     seen: list[int] = []
+    numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
+    forwards = {block: block.forward for block in numbers}
 
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = _moved(args, device, {}), _moved(kwargs, device, {})
+        with weights.block(numbers[block]), lifted(block, device):
+            output = forwards[block](*args, **kwargs)
         seen.append(len(output) if isinstance(output, tuple | list) else 0)
         raise Stop
 
-    with ExitStack() as hooks:
-        for block in blocks:
-            hooks.callback(block.register_forward_hook(look).remove)
+    with _replaced_forward(list(numbers), run):
         _forward(model, tokens)
     return seen[0]
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
-    device = next(model.parameters()).device
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     with suppress(Stop):
         model(input_ids=tokens.to(device), use_cache=False)
 
@@ -182,7 +204,8 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
     """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
     if isinstance(value, Tensor):
         if id(value) not in memo:
-            memo[id(value)] = value, value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+            moved = value.to(device)  # before it is widened: half the bytes to move
+            memo[id(value)] = value, moved.float() if moved.is_floating_point() else moved
         return memo[id(value)][1]
     if isinstance(value, dict):
         return {key: _moved(item, device, memo) for key, item in value.items()}
@@ -193,20 +216,22 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
 
 @contextmanager
 def lifted(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """`block` in float32 on `device`; afterwards each tensor it still holds goes back to where and what it was."""
+    """`block` in float32 on `device`; afterwards each tensor that it still holds goes back to where and what it was."""
     origin = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
     buffers = {name: b.device for name, b in block.named_buffers()}
     for parameter in block.parameters():
-        parameter.data = parameter.data.to(device, torch.float32)
+        parameter.data = parameter.data.to(device).to(torch.float32)
     for buffer in block.buffers():
         buffer.data = buffer.data.to(device)
     try:
         yield
     finally:
         for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(*origin[name])
+            if name in origin and not parameter.is_meta:
+                parameter.data = parameter.data.to(*origin[name])
         for name, buffer in block.named_buffers():
-            buffer.data = buffer.data.to(buffers[name])
+            if name in buffers:
+                buffer.data = buffer.data.to(buffers[name])
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def learn(
 
     norms: what is added to the weight of each norm before it multiplies (0 or 1), by name
     """
-    entering = streams.entering()
+    entering = list(streams.entering())
     held_out = [pair for pair in entering if pair[0].held_out]
     # chunks of one size, so that a CUDA graph serves them all
     fit = [pair for pair in entering if not pair[0].held_out and pair[1].shape == entering[0][1].shape]
@@ -80,6 +80,7 @@ class _Linear:
     """A linear's codes before rounding, and the gain of its scales."""
 
     def __init__(self, coded: Coded) -> None:
+        assert coded.unrounded is not None
         self.start, grid = coded, coded.grid
         self.top = 2**grid.bits - 1
         codes = coded.unrounded.view(*grid.scales.shape, -1).clamp(0, self.top)

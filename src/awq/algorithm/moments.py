@@ -75,6 +75,10 @@ class Moments:
         self.lag = {name: total / count for name, total in self.lag.items()}
         self.missed = {name: total / count for name, total in self.missed.items()}
 
+    def inputs_alone(self) -> Moments:
+        """These without what only the search for a target needs."""
+        return Moments(self.gram, torch.empty(0), tokens=self.tokens)
+
     def wanted(self, name: str, weight: Tensor) -> Tensor:
         """(target - W x) x^T for the linear `name` with `weight` W, [out, in]."""
         wanted = weight @ self.drift
@@ -82,10 +86,10 @@ class Moments:
 
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
-        damping = ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny
-        lower, failed = torch.linalg.cholesky_ex(
-            self.gram + damping * torch.eye(len(self.gram), device=self.gram.device)
-        )
+        damped = self.gram.clone()
+        damped.diagonal().add_(ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if failed:
             return dict(weights)
         return {
@@ -96,5 +100,5 @@ class Moments:
     def row_losses(self, name: str, weight: Tensor, wanted: Tensor, trial: Tensor) -> Tensor:
         """The squared distance of `trial`'s output to the target of `weight`, float32 [out]."""
         delta = trial - weight
-        rows = ((delta @ self.gram - 2 * wanted) * delta).sum(1)
+        rows = (delta @ self.gram).sub_(wanted, alpha=2).mul_(delta).sum(1)
         return rows + self.missed[name] if name in self.missed else rows

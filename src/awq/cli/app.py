@@ -53,8 +53,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted.")
+        except KeyboardInterrupt as interrupt:
+            say(" ".join(["interrupted.", *map(str, interrupt.args)]))
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
