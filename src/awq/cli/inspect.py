@@ -51,8 +51,8 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
 
 def spent(outliers: dict[str, int], size: int) -> str:
     """What the outlier budget was spent on, of a checkpoint of `size` bytes."""
-    count, taken = outliers["bytes"], format_bytes(outliers["bytes"])
-    return f"{outliers['channels']} in {outliers['linears']} linears, {taken}, {count / size:.1%} of the checkpoint"
+    share = f"{format_bytes(outliers['bytes'])}, {outliers['bytes'] / size:.1%} of the checkpoint"
+    return f"{outliers['channels']} in {outliers['linears']} linears, {share}"
 
 
 def coverage(report: dict[str, Any]) -> dict[str, dict[str, int]]:
