@@ -23,7 +23,7 @@ SOURCE = SOURCES / "gemv.cu"
 _PARAMS = struct.Struct("<7Qq11i")
 _CHANGING = struct.Struct("<7Qq")
 _SIZES = struct.Struct("<11i")
-_MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
+_SLOTS, _MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 16, 24
 _KEPT_AHEAD = (8, 4, 2, 1)
 _BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS + max(_KEPT_AHEAD))
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
@@ -90,8 +90,9 @@ def max_rows(shape: Shape, device: int) -> int:
 def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan | None:
     """The plan for `rows` rows on `sms` multiprocessors with `available` bytes of shared memory each; None: no room."""
     if not ring:
-        shared = _shared(shape, rows, 8, 0, _MAX_SLOTS, 0)
-        return Plan(8, 0, 0, _MAX_SLOTS, shared) if shared <= available else None
+        slots = max(_SLOTS, _between(shape, 8))
+        shared = _shared(shape, rows, 8, 0, slots, 0)
+        return Plan(8, 0, 0, slots, shared) if shared <= available else None
     tiles, one = _busiest(shape, sms), rows == 1
     if tiles * shape.units <= _FEW_UNITS and not (one and shape.units > 16):  # 2048 x 8192: 4.0 us instead of 5.2
         stages, in_flight = (range(5, 3, -1), 3) if one else (range(5, 1, -1), 2)
@@ -107,8 +108,9 @@ def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan 
 
 def _fit(shape: Shape, rows: int, sms: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
     """The first of `stages` that leaves room for x."""
-    fewer_slots = 1 if shape.units > 64 else 2  # tiles of many units are seldom finished
-    for each, slots in itertools.product(stages, (_MAX_SLOTS, fewer_slots)):
+    fewer = 1 if shape.units > 64 else 2  # tiles of many units are seldom finished
+    least = _between(shape, warps)
+    for each, slots in itertools.product(stages, (max(_SLOTS, least), max(fewer, least))):
         shared = _shared(shape, rows, warps, each, slots, _kept_ahead(shape, sms))
         if shared <= most:
             return Plan(warps, each, min(in_flight, each), slots, shared)
@@ -147,6 +149,13 @@ def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     ahead = _kept_ahead(shape, sms) if ring else 0
     _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, chosen.slots, ahead)
     return launcher
+
+
+def _between(shape: Shape, warps: int) -> int:
+    """Tiles from one to which a warp adds to its next, as a power of two: a slot that came round twice in that time
+    would seem to it as it was."""
+    tiles: int = -(-warps // shape.units)
+    return 1 << (tiles - 1).bit_length()
 
 
 def _busiest(shape: Shape, sms: int) -> int:

@@ -55,7 +55,9 @@ constexpr int OWN_TILES = WARP_TILES / K_WARPS;      // tiles that a warp finish
 // Slices of one body of the loop over them: two where 168 registers hold what the compiler then loads ahead.
 constexpr int UNROLLED_SLICES = TOKENS == 64 || (TOKENS == 32 && GROUP < 128) ? 1 : WARP_SLICES;
 constexpr int GROUP_STEPS = GROUP / 16 < 4 * UNROLLED_SLICES ? GROUP / 16 : 4 * UNROLLED_SLICES;  // k16 steps under one scale
-constexpr int X_AHEAD = TOKENS <= 32 ? 4 : 1;        // k16 steps whose fragments of x are loaded at once
+// Too few registers to hold anything through the k walk beside its sums and scales.
+constexpr bool CROWDED = TOKENS == 64 || (GROUP < 128 && TOKENS * WARP_TILES > 32);
+constexpr int X_AHEAD = CROWDED ? (TOKENS == 64 ? 1 : 2) : 4;  // k16 steps whose fragments of x are loaded at once
 
 constexpr int X_SLICE = TOKENS * 128, X_BYTES = SLICES * X_SLICE, CODE_BYTES = BLOCK_TILES * SLICES * 512;
 constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES, STAGE_AFFINE = BLOCK_TILES * AFFINE_BYTES;
@@ -292,9 +294,7 @@ DEVICE u32 multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 
 #pragma unroll
         for (int m = 0; m < WARP_TILES; m++) {
           u32 pair = load_shared4(affine + m * AFFINE_BYTES + scale_offset(lane) + group * 4);
-          u32 byte = load_shared1(affine + m * AFFINE_BYTES + zero_offset(lane) + group);
-          zeros[m] = zeros_from(byte);
-          loaded ^= pair ^ byte;
+          zeros[m] = zeros_from(load_shared1(affine + m * AFFINE_BYTES + zero_offset(lane) + group));
           if (SCALE_SUMS) {
             sum_scale[m][0] = low_half(pair);
             sum_scale[m][1] = high_half(pair);
@@ -320,7 +320,7 @@ DEVICE u32 multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 
 #pragma unroll
       for (int m = 0; m < WARP_TILES; m++) {
         differences(a[m], q[m], s, zeros[m]);
-        if (!SCALE_SUMS) scale_fragment(a[m], scales[m]);
+        if (!SCALE_SUMS) scale_fragment<true>(a[m], scales[m]);
       }
 #pragma unroll
       for (int n = 0; n < N8; n++)
@@ -337,6 +337,8 @@ DEVICE u32 multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 
       }
     }
   }
+#pragma unroll
+  for (int m = 0; m < WARP_TILES; m++) loaded ^= SCALE_SUMS ? __float_as_uint(sum_scale[m][0]) : 0;
   return loaded;
 }
 
@@ -350,7 +352,7 @@ DEVICE u32 sums_of(const float (&acc)[WARP_TILES][SUMS]) {
 }
 // A consumer warp is done with a stage, once what it loaded has arrived.
 DEVICE void release(u32 empty, u32 loaded) {
-  if (COPY == 2) have_arrived(loaded);
+  if (COPY == 2) have_arrived(empty, loaded);
   __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
@@ -533,7 +535,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
   Segment s;
   bool gathering = kept.width > 0;  // on its way during the k walk, where it is all that a warp loads at a time
   if (gathering) kept.load(0);
-  if (Gather::PARTS > 1 && gathering) {
+  if ((CROWDED || Gather::PARTS > 1) && gathering) {
     kept.finish(shared + KEPT_AT);
     gathering = false;
   }
@@ -548,22 +550,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
     pieces.go_to(s.first, ring.data(), ring.affine());
     if (s.first < p.walk) held.load(pieces);
 #endif
-    const int walk_end = min(s.last, p.walk);
 #pragma unroll 1
-    for (int step = s.first; step < walk_end; step++) {
+    for (int step = s.first; step < s.last && step < p.walk; step++) {  // not their minimum: a register less
 #if COPY == 0
       // One barrier a step: a stage is written again only after the barrier of the step between.
       pieces.go_to(step, ring.data(), ring.affine());
       held.store(pieces);
       __syncthreads();
       pieces.go_to(step + 1, ring.data(), ring.affine());
-      if (step + 1 < walk_end) held.load(pieces);
+      if (step + 1 < s.last && step + 1 < p.walk) held.load(pieces);
 #else
       barrier_wait(ring.full(), ring.parity);
 #endif
       u32 loaded = multiply_stage(acc, ring.data(), ring.data() + codes_at, ring.affine() + affine_at, step * SLICES % 4, k_warp);
 #if COPY != 0
-      release(ring.empty(), TOKENS < 64 ? loaded : sums_of(acc));  // 64: no register for the former
+      release(ring.empty(), CROWDED ? sums_of(acc) : loaded);
 #endif
       ring.advance();
     }

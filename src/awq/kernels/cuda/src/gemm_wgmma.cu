@@ -234,7 +234,7 @@ DEVICE void multiply_segment(Sums& acc, const Params& p, Ring& ring, const Segme
 #pragma unroll
           for (int t = part * 4 / PARTS; t < (part + 1) * 4 / PARTS; t++) {
             differences(fragments[m][t], q[m], t, zeros[m]);
-            scale_fragment(fragments[m][t], scales[m]);
+            scale_fragment<(TOKENS >= 128)>(fragments[m][t], scales[m]);
           }
       }
       pin(fragments);
@@ -270,12 +270,8 @@ DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int first, int
           a[m][s][2] = as_activations(v.z);
           a[m][s][3] = as_activations(v.w);
         }
-      u32 all = 0;
-#pragma unroll
-      for (int i = 0; i < 4 * ROW_BLOCKS; i++) all ^= a[i / 4][i % 4][0];
-      have_arrived(all);
     }
-    release(ring.empty());
+    const u32 weights = ring.empty();
     ring.advance();
     barrier_wait(ring.full(), ring.parity);
     if (k_group == 0) {
@@ -284,6 +280,7 @@ DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int first, int
       wgmma_wait();
       pin(acc);
     }
+    release(weights);  // not before what was loaded of them has arrived, as the product tells
     release(ring.empty());
     ring.advance();
   }

@@ -55,7 +55,7 @@ constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
 constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
 constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
-constexpr int SLOTS = 4;                           // tiles whose sums wait for the output warp, at most
+constexpr int SLOTS = 16;                          // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
 constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24, MAX_KEPT = 8;
 constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
@@ -78,7 +78,7 @@ struct Params {
   int kept_steps;
   int stages;          // of the ring
   int in_flight;       // stages requested and not arrived, at most
-  int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
+  int slots;           // tiles whose sums wait for the output warp (2^n): no fewer than lie between two of a math warp
   int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
 #if NORM || OUTPUT
   const float* norm;   // [in_features] weight of the norm
@@ -124,7 +124,7 @@ DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.
 DEVICE int tile_at(const Params& p, int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
 #endif
 // The how manieth tile in its slot.
-DEVICE int turn_of(const Params& p, int tile) { return tile >> (p.slots >> 1); }
+DEVICE int turn_of(const Params& p, int tile) { return tile >> __popc(p.slots - 1); }
 // Warps that have a unit of a given tile.
 DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WARPS; }
 
@@ -492,8 +492,9 @@ DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ri
   u32 affine = 0;
 #pragma unroll
   for (int g = 0; g < SCALED; g++) affine ^= w.scales[g] ^ w.zeros[g];
-  have_arrived(w.q[0].x, w.q[1].x, w.q[2].x, w.q[3].x, affine);
-  signal(empty_stage(s, ring.stage));
+  const u32 empty = empty_stage(s, ring.stage);
+  have_arrived(empty, w.q[0].x, w.q[1].x, w.q[2].x, w.q[3].x, affine);
+  signal(empty);
   if (++ring.stage == p.stages) { ring.stage = 0; ring.parity ^= 1; }
 }
 #endif
@@ -717,7 +718,7 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
     u32 from = s.kept + slot * p.kept_steps * KEPT_STEP;
     barrier_wait(full_kept(s, slot), (i >> __popc(p.kept_ahead - 1)) & 1);
     multiply_kept(p, s, lane, d, [&](int at) { return load_shared16(from + at); });
-    have_arrived(__float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3]));
+    have_arrived(full_kept(s, slot), __float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3]));
     __syncwarp();
     if (lane == 0 && i + p.kept_ahead < count) copy_kept(p, s, i + p.kept_ahead);
     return;
