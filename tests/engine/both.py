@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from awq.engine import attach
+from awq.engine.choose import Probe
 from awq.engine.loop import Way
 
 WAYS = ("plain", "stepping")
@@ -17,5 +18,7 @@ def engined(model: Any, way: str) -> Any:
     assert model.engine.tier == 1, model.engine
     if way == "stepping":
         ways.ways = [Way(ways.ways[0].step, captured=True)]
-        ways.padded_prompts = True
+        probe = Probe(model, ways.windows)
+        assert probe.difference(ways.ways[0]) is None
+        ways.padded_prompts = probe.padding_is_harmless()
     return model

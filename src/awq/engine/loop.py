@@ -62,7 +62,8 @@ class Run:
                 break
         if query.streamer is not None:
             query.streamer.end()
-        self.cache.set_length(self.past + len(rows) - 1)
+        if self.way.captured:  # else the forwards have counted
+            self.cache.set_length(self.past + len(rows) - 1)
         return torch.stack(rows, dim=1)
 
     def _asked(self, text: Tensor, finished: list[bool]) -> list[bool]:
@@ -100,7 +101,7 @@ class Run:
             return
         arguments = query.arguments | {"past_key_values": cache}
         output = self.model._prefill(query.tokens, query.config, arguments)
-        arguments = self.model._update_model_kwargs_for_generation(output, arguments)
+        arguments = self.model._update_model_kwargs_for_generation(output, arguments, is_encoder_decoder=False)
         cache.set_padding(arguments.get("attention_mask"))
         if cache.ragged and self.ragged_way is not None:
             self.way = self.ragged_way
@@ -133,7 +134,8 @@ class Run:
     def _decode(self) -> None:
         cache, step = self.cache, self.way.step
         if self.length >= cache.capacity:
-            cache.set_length(self.length)
+            if self.way.captured:
+                cache.set_length(self.length)
             cache.grow(self.length + 1)
         if self.way.captured:
             bucket = min(bucket_of(self.length + 1), cache.capacity)
