@@ -114,9 +114,13 @@ class Conversation:
 
     def _tokens(self) -> list[int]:
         """All that was said, through the template; without one, line by line."""
+        from awq.bounds import bounded
+        from awq.unreadable import one_sentence
+
         if not self.tokenizer.chat_template:
             return list(self.tokenizer("\n".join(message["content"] for message in self.messages) + "\n")["input_ids"])
-        encoded = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)
+        with one_sentence(self.tokenizer.name_or_path, "chat template"), bounded():
+            encoded = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def _keep(self, tokens: list[int]) -> None:
