@@ -45,8 +45,9 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
+    "processes": {"algorithm", "errors"},
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
-    | {"progress"}
+    | {"processes", "progress"}
     | {"source"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,

@@ -41,3 +41,7 @@ class KernelError(AwqError, RuntimeError):
 
 class MissingDependencyError(AwqError, ImportError):
     """An optional package is needed; the text names it and the command that installs it."""
+
+
+class EndedElsewhereError(AwqError, RuntimeError):
+    """Another of the processes that quantize together has failed, and said why."""

@@ -30,6 +30,7 @@ from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.names import by_stored_names, kept_in_float32, not_converted, of_module, text_prefixes, to_stored
 from awq.plan import Plan, make_plan
+from awq.processes import agree, own_device, together
 from awq.progress import track
 from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
 
@@ -67,18 +68,22 @@ def quantize_model(
     for linear in wanted:
         replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
-    place = pick_device(device)
+    place = own_device(pick_device(device))
     warn_if_slow(model, wanted, planned.config, place)
-    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
-    with track("Quantizing", blocks, enabled=progress) as bar:
-        for block, results in solve:
+    recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
+    with together(place) as ranks, track("Quantizing", blocks, enabled=progress and ranks.rank == 0) as bar:
+        agree(ranks, "the recipe", recipe)
+        columns = column_loop(place)
+        for block, results in quantize_blocks(
+            model, calibration.tokens, planned.config, wanted.__contains__, place, columns
+        ):
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
                 linears[linear] = result.report
             _warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
             bar.advance(note=block)
     return {
-        "recipe": {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)},
+        "recipe": recipe,
         "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "linears": linears,
         "not_converted": planned.not_converted,

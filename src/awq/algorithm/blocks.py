@@ -7,14 +7,15 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.coverage import Counts, counted, every_expert
+from awq.algorithm.capture import Chunk, InputStats, capture, enter_dealt, enter_model, fast_matmul, lifted
+from awq.algorithm.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.learn import learn
 from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.propagate import Propagation, enter_both, recorded
+from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
@@ -54,7 +55,7 @@ def quantize_blocks(
     budget = Budget(config.outlier_ratio)
     with torch.no_grad():
         probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
-        chunks = (enter_both if propagated else enter_model)(model, blocks, tokens, device)
+        chunks = (enter_both if propagated else enter_dealt)(model, blocks, tokens, device)
         for index, block in enumerate(blocks):
             name = f"{prefix}.{index}"
             origin = next(block.parameters()).device
@@ -202,7 +203,9 @@ def _look(
     The chunks move on to its output.
     """
     inputs = [chunk.hidden for chunk in chunks]
-    probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
+    probe.hidden = here().hand_out(
+        inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
+    )
 
     def run() -> Tensor:
         return probe.run(index, block, probe.hidden)
@@ -225,7 +228,7 @@ def _look(
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)
-    return structure, stats, counts, Propagation(block, index, chunks, inputs, exact, residuals, routing)
+    return structure, stats, in_all(counts), Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:

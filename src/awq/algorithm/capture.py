@@ -11,10 +11,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.ranks import fold, here, mine, rounds
 from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
-# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
+# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand, nor on
+# the number of processes.
 CHUNK_TOKENS = 2048
 
 
@@ -36,14 +38,17 @@ class InputStats:
 
     def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.gram += x.t() @ x if weight == 1 else (x.t() @ x) * weight
+        self.gram.addmm_(x.t(), x, alpha=weight)
         self.mean_abs += x.abs().sum(0) * weight
         self.tokens += x.shape[0] * weight
 
+    def tensors(self) -> list[Tensor]:
+        return [self.gram, self.mean_abs]
+
     def finish(self) -> None:
-        count = self.tokens or 1
-        self.gram /= count
-        self.mean_abs /= count
+        for total in self.tensors():
+            here().complete(total)
+            total /= self.tokens or 1
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""
@@ -79,12 +84,14 @@ class Chunk:
     calls:     None for a block that text does not run, such as one that looks at images
     quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
     held_out:  not fitted to, only judged by
+    number:    in the order of all text; a rank holds some chunks
     """
 
     hidden: Tensor
     calls: list[Call | None] = field(default_factory=list)
     quantized: Tensor | None = None
     held_out: bool = False
+    number: int = 0
 
     def call(self, index: int) -> Call:
         """How text calls a block that it runs."""
@@ -107,9 +114,26 @@ def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device:
 
     Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
     """
-    per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8])
-    return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
+    return _entered(model, blocks, list(enumerate(in_chunks(tokens))), device)
+
+
+def enter_dealt(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, first: int = 0
+) -> list[Chunk]:
+    """`enter_model` with the chunks that this rank takes, lane by lane; the first of all is number `first`."""
+    parts = dict(enumerate(in_chunks(tokens), first))
+    return _entered(model, blocks, [(number, parts[number]) for number in mine(list(parts))], device)
+
+
+def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tokens, max(1, CHUNK_TOKENS // tokens.shape[1]))
+
+
+def _entered(
+    model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device
+) -> list[Chunk]:
+    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8]) if parts else 0
+    return [replace(_enter(model, blocks, part, outputs, device), number=number) for number, part in parts]
 
 
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
@@ -237,24 +261,28 @@ def capture(
     """
     stats: dict[str, InputStats] = {}
     like = Siblings(block)
-    shares: dict[str, InputStats] = {}
+    totals: dict[str, InputStats] = {}
+    parts: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
         linear = block.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
         key = share(names[0])
-        shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
-        shares[key] = shared
-        stats.update(dict.fromkeys(names, shared))
-        handles.append(linear.register_forward_pre_hook(_adder(shared, names[0], like)))
+        for sums in (totals, parts):
+            if key not in sums:
+                sums[key] = InputStats.empty(linear.in_features, linear.weight.device)
+        stats.update(dict.fromkeys(names, totals[key]))
+        handles.append(linear.register_forward_pre_hook(_adder(parts[key], names[0], like)))
     try:
-        for chunk in chunks:
-            chunk.hidden = chunk.run(index, block, chunk.hidden)
+        for lane in rounds(chunks, lambda chunk: chunk.number):
+            for chunk in lane:
+                chunk.hidden = chunk.run(index, block, chunk.hidden)
+            fold(list(totals.values()), list(parts.values()))
     finally:
         for handle in handles:
             handle.remove()
-    for shared in {id(s): s for s in stats.values()}.values():
-        shared.finish()
+    for total in totals.values():
+        total.finish()
     return stats
 
 

@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from awq.algorithm.ranks import here
+
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
 RIDGES = (0.2, 0.6, 2.0)
 RESIDUAL = 0.5  # the share of the residual stream's error that a linear which writes to it makes good
@@ -34,25 +36,41 @@ class Moments:
     tokens: float = 0
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> Self:
-        zeros = torch.zeros(in_features, in_features, device=device)
-        return cls(zeros, zeros.clone())
+    def empty(
+        cls,
+        in_features: int,
+        device: torch.device,
+        lag: Mapping[str, int] | None = None,
+        missed: Mapping[str, int] | None = None,
+    ) -> Self:
+        """lag, missed: out_features by linear"""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(
+            zeros(in_features, in_features),
+            zeros(in_features, in_features),
+            {name: zeros(rows, in_features) for name, rows in (lag or {}).items()},
+            {name: zeros(rows) for name, rows in (missed or {}).items()},
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.gram, self.drift, *self.lag.values(), *self.missed.values()]
 
     @property
     def usable(self) -> bool:
-        return self.tokens > 0 and all(
-            bool(part.isfinite().all()) for part in (self.gram, self.drift, *self.lag.values(), *self.missed.values())
-        )
+        return self.tokens > 0 and all(bool(part.isfinite().all()) for part in self.tensors())
 
     def add(self, x: Tensor, drift: Tensor | None, lag: Mapping[str, Tensor], count: float | None = None) -> None:
         """x, drift: [tokens, in]; None for no difference. lag: [tokens, out] by linear.
 
         count: what the rows count together, where some are multiplied by the root of a weight
         """
-        self.gram += x.t() @ x
+        self.gram.addmm_(x.t(), x)
         self.tokens += x.shape[0] if count is None else count
         if drift is not None:
-            self.drift += drift.t() @ x
+            self.drift.addmm_(drift.t(), x)
         for name, g in lag.items():
             self._sum(self.lag, name, g.t() @ x)
 
@@ -66,14 +84,12 @@ class Moments:
 
     @staticmethod
     def _sum(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums[name].add_(value) if name in sums else value
 
     def finish(self) -> None:
-        count = self.tokens or 1
-        self.gram /= count
-        self.drift /= count
-        self.lag = {name: total / count for name, total in self.lag.items()}
-        self.missed = {name: total / count for name, total in self.missed.items()}
+        for total in self.tensors():
+            here().complete(total)
+            total /= self.tokens or 1
 
     def wanted(self, name: str, weight: Tensor) -> Tensor:
         """(target - W x) x^T for the linear `name` with `weight` W, [out, in]."""

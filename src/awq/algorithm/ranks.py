@@ -1,0 +1,130 @@
+"""The processes that quantize together: what each takes of the text and of the work, so that no bit depends on how many.
+
+Chunks of text go round LANES lanes, each lane is summed by one process in order, and the sums are added in the order of
+the lanes. Work on a matrix is cut into slabs of rows by its shape alone: a product of fewer rows may sum differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+LANES = 8
+SLAB = 1 << 22  # weights at least; on an H200 less does not fill the GPU
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All processes, as one of them sees them. This is a world of one; with others, all of them make the same calls."""
+
+    rank, size = 0, 1
+
+    def tell(self, value: Any) -> list[Any]:
+        """What every rank told, of what JSON knows, in order of the ranks."""
+        return [value]
+
+    def hand_out(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """`tensor`, contiguous, once it is what it was on rank `source`."""
+        return tensor
+
+    def add(self, total: Tensor, part: Tensor) -> None:
+        """Add every rank's `part` to `total` in the order of the ranks; for all of it, `complete` comes last."""
+        total += part
+
+    def complete(self, total: Tensor) -> None:
+        """Have all of what was added."""
+
+
+_here: ContextVar[Ranks] = ContextVar("ranks", default=Ranks())
+
+
+def here() -> Ranks:
+    """The processes that share what is being done: this one alone, where nobody said `among`."""
+    return _here.get()
+
+
+@contextmanager
+def among(ranks: Ranks) -> Iterator[Ranks]:
+    token = _here.set(ranks)
+    try:
+        yield ranks
+    finally:
+        _here.reset(token)
+
+
+def mine(numbers: Sequence[int]) -> list[int]:
+    """Those of the numbered chunks that this rank takes, lane by lane."""
+    ranks = here()
+    own = (number for number in numbers if number % LANES % ranks.size == ranks.rank)
+    return sorted(own, key=lambda number: (number % LANES, number))
+
+
+def rounds(items: Sequence[T], number: Callable[[T], int]) -> Iterator[list[T]]:
+    """This rank's items by lane, as many lanes at a time as there are ranks; `number` is that of an item's chunk."""
+    ranks = here()
+    for first in range(0, LANES, ranks.size):
+        yield [item for item in items if number(item) % LANES == first + ranks.rank]
+
+
+class Sums(Protocol):
+    """Sums over `tokens` tokens."""
+
+    tokens: float
+
+    def tensors(self) -> list[Tensor]: ...
+
+
+def fold(totals: Sequence[Sums], parts: Sequence[Sums]) -> None:
+    """Add what the lanes of a round have summed to the totals, in order, and empty it."""
+    ranks = here()
+    counts = ranks.tell([part.tokens for part in parts])
+    for index, (total, part) in enumerate(zip(totals, parts, strict=True)):
+        if any(count[index] for count in counts):
+            for into, value in zip(total.tensors(), part.tensors(), strict=True):
+                ranks.add(into, value)
+                value.zero_()
+        for count in counts:
+            total.tokens += count[index]
+        part.tokens = 0
+
+
+def slabs(weight: Tensor) -> list[slice]:
+    """The rows of a matrix in 1, 2, 4 or 8 equal parts, none below SLAB weights."""
+    count = 1
+    while count < LANES and weight.numel() >= 2 * count * SLAB:
+        count *= 2
+    bounds = [len(weight) * part // count for part in range(count + 1)]
+    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+
+
+def by_rows(weight: Tensor, work: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+    """What `work` makes of all rows of `weight`, given some at a time; each rank takes some, `out` is to hold them."""
+    parts = slabs(weight)
+    if len(parts) == 1:  # everybody's: that is faster than to hand it out
+        return work(parts[0])
+    for part in taken(parts):
+        out[part] = work(part)
+    return share(parts, out)
+
+
+def taken(parts: Sequence[slice]) -> list[slice]:
+    """This rank's parts, which lie beside each other."""
+    ranks = here()
+    return [part for number, part in enumerate(parts) if _owner(number, len(parts)) == ranks.rank]
+
+
+def share(parts: Sequence[slice], out: Tensor) -> Tensor:
+    """`out`, contiguous, with the rows that other ranks have taken."""
+    if here().size > 1:
+        for number, part in enumerate(parts):
+            here().hand_out(out[part], _owner(number, len(parts)))
+    return out
+
+
+def _owner(number: int, count: int) -> int:
+    return number * here().size // count
