@@ -45,13 +45,14 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
-    "processes": {"algorithm", "errors"},
+    "processes": {"algorithm", "errors", "source"},
+    "save": {"algorithm", "checkpoint", "config", "linear", "names", "processes", "source"},
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
-    | {"processes", "progress"}
+    | {"processes", "progress", "save"}
     | {"source"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
-    "model": {"calibration", "checkpoint", "engine", "load", "recipe", "source"} | GROUND,
+    "model": {"calibration", "checkpoint", "engine", "load", "processes", "recipe", "save", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }
 # The top of the house sees everything below it, and nobody below sees it.

@@ -7,17 +7,25 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from functools import wraps
+from itertools import pairwise
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
-from awq.algorithm.ranks import Ranks, among
+from awq.algorithm.ranks import Ranks, among, here
 from awq.errors import AwqError, ConfigError, EndedElsewhereError
+from awq.source import pick_device
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # While one process writes the checkpoint the others wait. One that dies takes the others along: by its connection
 # (gloo), or by torchrun.
@@ -29,7 +37,7 @@ _ENDED = "awq/ended"
 class Processes(Ranks):
     """The processes of torch.distributed: words go by gloo; tensors by NCCL where they are on GPUs."""
 
-    def __init__(self, device: torch.device, store: dist.Store | None) -> None:
+    def __init__(self, device: torch.device, store: Store | None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device, self.store = device, store
         self._words = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -65,29 +73,48 @@ class Processes(Ranks):
         for rank, some in enumerate(self._rows(total)):
             self.hand_out(total[some], rank)
 
+    def leave(self) -> None:
+        """Whoever waits for a word from this process is told that none will come."""
+        dist.destroy_process_group(self._words)
+        _joined.clear()
+
     def _rows(self, total: Tensor) -> list[slice]:
         bounds = [len(total) * rank // self.size for rank in range(self.size + 1)]
-        return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        return [slice(*pair) for pair in pairwise(bounds)]
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[Ranks]:
+def together(device: torch.device | None = None) -> Iterator[Ranks]:
     """All processes that torchrun has started, at work on one model; a world of one where it has started none.
 
     Rank 0 alone warns and shows how far it is. An error on one rank is raised there, and ends the others by an
-    EndedElsewhereError. device: of this process, `own_device`
+    EndedElsewhereError. device: of this process; None where they have worked together before, if they have
     """
     ranks = _join(device)
     try:
         with among(ranks), warnings.catch_warnings():
             if ranks.rank:
                 warnings.simplefilter("ignore")
+            if device is not None:
+                agree("the setup", _setup(device))
             yield ranks
     except EndedElsewhereError:
         raise
     except BaseException as error:
         _claim(ranks, error)
         raise
+
+
+def in_company(function: Callable[P, T]) -> Callable[P, T]:
+    """`function` for all processes together; its keyword `device`, which may mean those of all, is given as its own."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        kwargs["device"] = device = own_device(pick_device(cast(str, kwargs.get("device", "auto"))))
+        with together(device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -105,9 +132,9 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def agree(ranks: Ranks, what: str, value: Any) -> None:
+def agree(what: str, value: Any) -> None:
     """ConfigError where `value`, as JSON has it, is not the same on all ranks."""
-    told = ranks.tell(value)
+    told = here().tell(value)
     other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
     if other is not None:
         raise ConfigError(
@@ -119,21 +146,21 @@ def agree(ranks: Ranks, what: str, value: Any) -> None:
 _joined: list[Processes] = []
 
 
-def _join(device: torch.device) -> Ranks:
-    if _world() == 1:
+def _join(device: torch.device | None) -> Ranks:
+    if _world() == 1 or (device is None and not _joined):
         return Ranks()
-    if not _joined:
+    if device is not None and not _joined:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         _joined.append(Processes(device, _initialize()))
-        agree(_joined[0], "the setup", _setup(device))
     return _joined[0]
 
 
-def _initialize() -> dist.Store | None:
+def _initialize() -> Store | None:
     if dist.is_initialized():
         return None
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store: Store
+    store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     atexit.register(_leave)
     return store
@@ -176,6 +203,10 @@ def _claim(ranks: Ranks, error: BaseException) -> None:
         first = store and store.compare_set(_ENDED, "", own).decode()
     if first not in (None, own):
         raise EndedElsewhereError("another process has ended the run.") from error
+    if isinstance(error, AwqError):
+        error.ended_all = True
+    if isinstance(ranks, Processes):
+        ranks.leave()
 
 
 def _world() -> int:

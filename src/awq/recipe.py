@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +15,24 @@ import transformers
 from torch import Tensor, nn
 
 from awq import __version__
-from awq.algorithm.blocks import quantize_blocks, storage_dtype
+from awq.algorithm.blocks import quantize_blocks
+from awq.algorithm.ranks import here
 from awq.calibration import CalibrationSet, load_calibration
 from awq.checkpoint.output import check_output, finished_recipe
 from awq.checkpoint.read import open_checkpoint
-from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
 from awq.errors import CalibrationError, ConfigError
 from awq.experts import split_experts
 from awq.linear import QuantLinear
 from awq.linears import as_linear
-from awq.names import by_stored_names, kept_in_float32, not_converted, of_module, text_prefixes, to_stored
 from awq.plan import Plan, make_plan
-from awq.processes import agree, own_device, together
+from awq.processes import agree, in_company
 from awq.progress import track
-from awq.source import check_finite, drop_quantization, find_source, pick_device, replace_module, skeleton
+from awq.save import save_quantized
+from awq.source import check_finite, find_source, pick_device, replace_module, skeleton
+
+__all__ = ["Finished", "check_length", "check_model", "quantize_folder", "quantize_model", "save_quantized"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Finished:
     already_complete: bool = False
 
 
+@in_company
 def quantize_model(
     model: nn.Module,
     config: QuantConfig,
@@ -68,15 +69,13 @@ def quantize_model(
     for linear in wanted:
         replace_module(model, linear, as_linear(model.get_submodule(linear)))
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
-    place = own_device(pick_device(device))
+    place = pick_device(device)
     warn_if_slow(model, wanted, planned.config, place)
     recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
-    with together(place) as ranks, track("Quantizing", blocks, enabled=progress and ranks.rank == 0) as bar:
-        agree(ranks, "the recipe", recipe)
-        columns = column_loop(place)
-        for block, results in quantize_blocks(
-            model, calibration.tokens, planned.config, wanted.__contains__, place, columns
-        ):
+    agree("the recipe", recipe)
+    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
+    with track("Quantizing", blocks, enabled=progress and here().rank == 0) as bar:
+        for block, results in solve:
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
                 linears[linear] = result.report
@@ -129,52 +128,7 @@ def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
         warnings.warn(f"{block}: {reason} in {names}: rounded plainly.", stacklevel=3)
 
 
-def save_quantized(
-    model: nn.Module,
-    folder: str | Path,
-    report: dict[str, Any],
-    *,
-    tokenizer: Any = None,
-    processor: Any = None,
-    beside: Mapping[str, Path] | None = None,
-    shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    verify: str = "quick",
-) -> Written:
-    """Write a quantized model as an AWQ `gemm` checkpoint that other engines load, outlier channels in a subfolder.
-
-    beside: files of the source that travel along as they are, by their name in the folder
-    """
-    config = replace(
-        QuantConfig.from_dict(report["recipe"]["config"]),
-        modules_to_not_convert=not_converted(model, report["not_converted"], report["linears"]),
-    )
-
-    def extras(target: Path) -> None:
-        for name, path in (beside or {}).items():
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
-        for part in (tokenizer, processor):
-            if part is not None:
-                part.save_pretrained(target)
-        if (generation := getattr(model, "generation_config", None)) is not None:
-            # not by save_pretrained, which refuses what old models came with (a temperature without do_sample)
-            (target / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
-
-    return write_checkpoint(
-        Path(folder),
-        config=_model_config(model),
-        quant=config,
-        linears=_quantized_linears(model),
-        floats=_float_tensors(model),
-        report=by_stored_names(model, report),
-        extras=extras,
-        shard_size=shard_size,
-        overwrite=overwrite,
-        verify=verify,
-    )
-
-
+@in_company
 def quantize_folder(
     model: str | Path,
     output: str | Path,
@@ -201,8 +155,8 @@ def quantize_folder(
         raise ConfigError(f"bits={config.bits} cannot be stored: the checkpoint format holds 4-bit codes only.")
     pick_device(device)
     source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    done = finished_recipe(Path(output))
-    if done is None:
+    done = here().tell(finished_recipe(Path(output)))[0]
+    if done is None and here().rank == 0:
         check_output(Path(output), overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
@@ -228,10 +182,11 @@ def quantize_folder(
         "config": _config_dict(planned.config),
         "calibration": _calibration_dict(text),
     }
+    agree("the recipe", recipe)
     if done == recipe and not overwrite:
-        open_checkpoint(output)  # a file may have gone since
         return _already_complete(Path(output))
-    check_output(Path(output), overwrite)
+    if here().rank == 0:
+        check_output(Path(output), overwrite)
     float_model = float_model or source.load()
     report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
     report["recipe"] = recipe
@@ -248,8 +203,13 @@ def quantize_folder(
 
 
 def _already_complete(output: Path) -> Finished:
-    report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    """As rank 0 finds it: to other machines the folder is unknown."""
+    found: tuple[dict[str, Any], int] = ({}, 0)
+    if here().rank == 0:
+        open_checkpoint(output)  # a file may have gone since
+        report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
+        found = report, sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    report, size = here().tell(found)[0]
     return Finished(output, report, size_bytes=size, already_complete=True)
 
 
@@ -264,37 +224,3 @@ def _calibration_dict(calibration: CalibrationSet) -> dict[str, Any]:
         "shape": list(tokens.shape),
         "tokens_sha256": hashlib.sha256(tokens.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
-
-
-def _model_config(model: Any) -> dict[str, Any]:
-    config = copy.deepcopy(model.config)
-    drop_quantization(config)
-    config.architectures = [type(model).__name__]
-    config.dtype = config.get_text_config().dtype = storage_dtype(model.get_input_embeddings())
-    settings: dict[str, Any] = json.loads(config.to_json_string())
-    settings.pop("_name_or_path", None)
-    return settings
-
-
-def _quantized_linears(model: nn.Module) -> Iterator[NamedLinear]:
-    rename = of_module(to_stored(model))
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            bias = module.bias
-            yield rename(name), module.packed, bias if isinstance(bias, Tensor) else None, module.outliers
-
-
-def _float_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Everything that is not in a QuantLinear, tied tensors once; the language part in the storage dtype."""
-    quantized = tuple(name + "." for name, m in model.named_modules() if isinstance(m, QuantLinear))
-    dtype, rename, keep = storage_dtype(model.get_input_embeddings()), to_stored(model), kept_in_float32(model)
-    text = text_prefixes(model, quantized)
-    seen: set[tuple[int, torch.Size]] = set()
-    tied = getattr(model, "all_tied_weights_keys", {})  # these go last: the first of two names is stored
-    for name, tensor in sorted(model.state_dict().items(), key=lambda item: item[0] in tied):
-        key = (tensor.data_ptr(), tensor.shape)
-        if name.startswith(quantized) or (name in tied and key in seen):
-            continue
-        seen.add(key)
-        halved = tensor.dtype == torch.float32 and name.startswith(text) and not keep(name)
-        yield rename(name), tensor.to(dtype) if halved else tensor

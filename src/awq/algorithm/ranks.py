@@ -1,4 +1,4 @@
-"""The processes that quantize together: what each takes of the text and of the work, so that no bit depends on how many.
+"""The processes that quantize together: what each takes of text and work, so that no bit depends on how many they are.
 
 Chunks of text go round LANES lanes, each lane is summed by one process in order, and the sums are added in the order of
 the lanes. Work on a matrix is cut into slabs of rows by its shape alone: a product of fewer rows may sum differently.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -40,7 +41,8 @@ class Ranks:
         """Have all of what was added."""
 
 
-_here: ContextVar[Ranks] = ContextVar("ranks", default=Ranks())
+ALONE = Ranks()
+_here: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
 
 
 def here() -> Ranks:
@@ -99,7 +101,7 @@ def slabs(weight: Tensor) -> list[slice]:
     while count < LANES and weight.numel() >= 2 * count * SLAB:
         count *= 2
     bounds = [len(weight) * part // count for part in range(count + 1)]
-    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def by_rows(weight: Tensor, work: Callable[[slice], Tensor], out: Tensor) -> Tensor:

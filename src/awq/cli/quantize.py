@@ -10,7 +10,7 @@ import typer
 
 from awq.cli import options
 from awq.cli.inspect import summarize
-from awq.cli.output import format_bytes, print_facts, print_json, say
+from awq.cli.output import format_bytes, is_first_process, print_facts, print_json, say
 from awq.config import MAX_OUTLIER_RATIO, QuantConfig
 from awq.errors import ConfigError
 
@@ -110,7 +110,8 @@ def quantize(
         overwrite=overwrite,
         verify=verify.value,
     )
-    _show(finished, as_json)
+    if is_first_process():
+        _show(finished, as_json)
 
 
 def _show(finished: Finished, as_json: bool) -> None:
