@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from awq.algorithm.ranks import by_rows
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:
@@ -11,7 +12,12 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
 
     delta: float32 [out_features, in_features], gram: float32 [in_features, in_features]
     """
-    return torch.sum((delta @ gram) * delta)
+    return by_rows(delta, lambda part: row_errors(delta[part], gram), delta.new_empty(len(delta))).sum()
+
+
+def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """What each row adds to `output_error`, float32 [out_features]."""
+    return ((delta @ gram) * delta).sum(1)
 
 
 def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from awq.algorithm.ranks import here
+from awq.algorithm.ranks import by_rows, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
 RIDGES = (0.2, 0.6, 2.0)
@@ -92,9 +92,13 @@ class Moments:
             total /= self.tokens or 1
 
     def wanted(self, name: str, weight: Tensor) -> Tensor:
-        """(target - W x) x^T for the linear `name` with `weight` W, [out, in]."""
-        wanted = weight @ self.drift
-        return wanted + RESIDUAL * self.lag[name] if name in self.lag else wanted
+        """(target - W x) x^T for the linear `name` with `weight` W, [out, in]: the rows that this rank takes of it."""
+
+        def wanted(part: slice) -> Tensor:
+            rows = weight[part] @ self.drift
+            return rows.add_(self.lag[name][part], alpha=RESIDUAL) if name in self.lag else rows
+
+        return own_rows(weight, wanted, torch.empty_like(weight))
 
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
@@ -104,13 +108,22 @@ class Moments:
         )
         if failed:
             return dict(weights)
-        return {
-            name: weight + torch.cholesky_solve(self.wanted(name, weight).t(), lower).t()
-            for name, weight in weights.items()
-        }
+        return {name: self._corrected(name, weight, lower) for name, weight in weights.items()}
+
+    def _corrected(self, name: str, weight: Tensor, lower: Tensor) -> Tensor:
+        wanted = self.wanted(name, weight)
+
+        def corrected(part: slice) -> Tensor:
+            return weight[part] + torch.cholesky_solve(wanted[part].t(), lower).t()
+
+        return by_rows(weight, corrected, torch.empty_like(weight))
 
     def row_losses(self, name: str, weight: Tensor, wanted: Tensor, trial: Tensor) -> Tensor:
         """The squared distance of `trial`'s output to the target of `weight`, float32 [out]."""
-        delta = trial - weight
-        rows = ((delta @ self.gram - 2 * wanted) * delta).sum(1)
+
+        def losses(part: slice) -> Tensor:
+            delta = trial[part] - weight[part]
+            return ((delta @ self.gram).sub_(wanted[part], alpha=2) * delta).sum(1)
+
+        rows = by_rows(weight, losses, weight.new_empty(len(weight)))
         return rows + self.missed[name] if name in self.missed else rows

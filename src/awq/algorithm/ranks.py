@@ -107,26 +107,29 @@ def slabs(weight: Tensor) -> list[slice]:
 def by_rows(weight: Tensor, work: Callable[[slice], Tensor], out: Tensor) -> Tensor:
     """What `work` makes of all rows of `weight`, given some at a time; each rank takes some, `out` is to hold them."""
     parts = slabs(weight)
-    if len(parts) == 1:  # everybody's: that is faster than to hand it out
-        return work(parts[0])
-    for part in taken(parts):
+    return work(parts[0]) if len(parts) == 1 else share(parts, own_rows(weight, work, out))
+
+
+def own_rows(weight: Tensor, work: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+    """`by_rows` for this rank alone: the other rows of `out` stay as they are."""
+    for part in taken(slabs(weight)):
         out[part] = work(part)
-    return share(parts, out)
+    return out
 
 
 def taken(parts: Sequence[slice]) -> list[slice]:
-    """This rank's parts, which lie beside each other."""
+    """This rank's slabs, which lie beside each other; a single one is everybody's, faster than it is handed out."""
     ranks = here()
-    return [part for number, part in enumerate(parts) if _owner(number, len(parts)) == ranks.rank]
+    return [part for number, part in enumerate(parts) if len(parts) == 1 or _owner(number, parts) == ranks.rank]
 
 
 def share(parts: Sequence[slice], out: Tensor) -> Tensor:
     """`out`, contiguous, with the rows that other ranks have taken."""
-    if here().size > 1:
+    if here().size > 1 and len(parts) > 1:
         for number, part in enumerate(parts):
-            here().hand_out(out[part], _owner(number, len(parts)))
+            here().hand_out(out[part], _owner(number, parts))
     return out
 
 
-def _owner(number: int, count: int) -> int:
-    return number * here().size // count
+def _owner(number: int, parts: Sequence[slice]) -> int:
+    return number * here().size // len(parts)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from awq.algorithm.capture import InputStats, fast_matmul
-from awq.algorithm.loss import output_error
+from awq.algorithm.loss import row_errors
+from awq.algorithm.ranks import by_rows
 
 GRID = 20
 Round = Callable[[Tensor], Tensor]
@@ -67,10 +68,18 @@ def _errors(consumers: Sequence[Consumer], round_weight: Round, scale: Tensor) -
     most = max(consumer.tokens for consumer in consumers)
     roles: dict[str, Tensor] = {}
     for consumer in consumers:
-        delta = round_weight(consumer.weight * scale) / scale - consumer.weight
-        error = output_error(delta, consumer.stats.gram) * (consumer.tokens / most)
+        error = _error(consumer, round_weight, scale) * (consumer.tokens / most)
         roles[consumer.role] = roles[consumer.role] + error if consumer.role in roles else error
     return torch.stack(list(roles.values()))
+
+
+def _error(consumer: Consumer, round_weight: Round, scale: Tensor) -> Tensor:
+    weight, gram = consumer.weight, consumer.stats.gram
+
+    def errors(part: slice) -> Tensor:
+        return row_errors(round_weight(weight[part] * scale) / scale - weight[part], gram)
+
+    return by_rows(weight, errors, weight.new_empty(len(weight))).sum()
 
 
 def _mean_abs(consumers: Sequence[Consumer]) -> Tensor:
