@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, InputStats, capture, enter_dealt, enter_model, fast_matmul, lifted
 from awq.algorithm.coverage import Counts, counted, every_expert, in_all
+from awq.algorithm.deal import Measured, solve_dealt
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
 from awq.algorithm.folded import Folded
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
@@ -90,7 +91,7 @@ def quantize_blocks(
 
 def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
     results: Results = {}
-    for solution in (solve(part, config) for part in sets):
+    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config)):
         results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
     return results
 
@@ -106,10 +107,15 @@ def _propagate(
     streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop
 ) -> list[Solution]:
     """Pass after pass in the order of the data, each behind the linears that are quantized."""
-    solutions = []
+
+    def solve_one(part: Linears, measured: Measured) -> Solution:
+        assert measured is not None
+        return solve_propagated(part, *measured, config, columns)
+
+    solutions: list[Solution] = []
     for together in passes:
         moments = streams.measure([column_scales(part) for part in together])
-        solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
+        solved = list(solve_dealt(together, moments, config, solve_one))
         for solution in solved:
             streams.done.update(solution.weights)
         solutions += solved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from awq.algorithm.ranks import by_rows
+from awq.algorithm.ranks import row_sums
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:
@@ -12,7 +12,7 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
 
     delta: float32 [out_features, in_features], gram: float32 [in_features, in_features]
     """
-    return by_rows(delta, lambda part: row_errors(delta[part], gram), delta.new_empty(len(delta))).sum()
+    return row_sums([delta], lambda _place, part: row_errors(delta[part], gram))[0]
 
 
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:

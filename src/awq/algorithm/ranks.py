@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 LANES = 8
@@ -117,6 +118,20 @@ def own_rows(weight: Tensor, work: Callable[[slice], Tensor], out: Tensor) -> Te
     return out
 
 
+def row_sums(weights: Sequence[Tensor], work: Callable[[int, slice], Tensor]) -> Tensor:
+    """For each of the matrices, the sum of what `work`, given its place and some rows, makes of each row."""
+    units = [(place, part) for place, weight in enumerate(weights) for part in slabs(weight)]
+    sizes = [part.stop - part.start for _, part in units]
+    bounds = [0, *accumulate(sizes)]
+    flat = [slice(*pair) for pair in pairwise(bounds)]
+    out = weights[0].new_empty(bounds[-1])
+    for unit, part in zip(units, flat, strict=True):
+        if part in taken(flat):
+            out[part] = work(*unit)
+    rows = share(flat, out).split([len(weight) for weight in weights])
+    return torch.stack([some.sum() for some in rows])
+
+
 def taken(parts: Sequence[slice]) -> list[slice]:
     """This rank's slabs, which lie beside each other; a single one is everybody's, faster than it is handed out."""
     ranks = here()
@@ -126,8 +141,10 @@ def taken(parts: Sequence[slice]) -> list[slice]:
 def share(parts: Sequence[slice], out: Tensor) -> Tensor:
     """`out`, contiguous, with the rows that other ranks have taken."""
     if here().size > 1 and len(parts) > 1:
-        for number, part in enumerate(parts):
-            here().hand_out(out[part], _owner(number, parts))
+        owners = groupby(enumerate(parts), lambda numbered: _owner(numbered[0], parts))
+        for owner, run in owners:
+            theirs = [part for _, part in run]
+            here().hand_out(out[theirs[0].start : theirs[-1].stop], owner)
     return out
 
 
