@@ -75,8 +75,9 @@ class Processes(Ranks):
 
     def leave(self) -> None:
         """Whoever waits for a word from this process is told that none will come."""
-        dist.destroy_process_group(self._words)
-        _joined.clear()
+        if self in _joined:
+            _joined.remove(self)
+            dist.destroy_process_group(self._words)
 
     def _rows(self, total: Tensor) -> list[slice]:
         bounds = [len(total) * rank // self.size for rank in range(self.size + 1)]
