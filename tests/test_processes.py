@@ -35,7 +35,10 @@ Case = tuple[str, str, int]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def save_models(folder: Path) -> Path:
     save_tiny(folder / "dense")
     torch.manual_seed(0)
     settings = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -45,14 +48,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantize_all(models: Path, output: Path, cases: list[Case]) -> list[str]:
+def quantize_all(models: Path, output: Path, cases: list[Case], device: str = "cpu") -> list[str]:
     """A checkpoint of each case in `output`; returns what was warned of."""
     learn.STEPS = 12
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for model, effort, samples in cases:
             config = QuantConfig(group_size=32, outlier_ratio=0.03, effort=effort)
-            quantize_folder(models / model, output / f"{model}-{effort}-{samples}", config, samples=samples, **TEXT)
+            folder = output / f"{model}-{effort}-{samples}"
+            quantize_folder(models / model, folder, config, samples=samples, **TEXT | {"device": device})
     return [str(one.message) for one in said]
 
 
@@ -163,8 +167,8 @@ def command_line(*arguments: str) -> tuple[object, str, str]:
     [(["--bits", "3"], "bits=3 cannot be stored"), (["--seq-len", "2048"], "longer than the 1024"), ([], "not empty")],
 )
 def test_what_is_wrong_is_said_once(models: Path, tmp_path: Path, wrong: list[str], sentence: str) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    done = run(2, command_line, "quantize", str(models / "dense"), "-o", str(tmp_path), "--device", "cpu", *wrong)
+    output = tmp_path / "awq" if wrong else models
+    done = run(2, command_line, "quantize", str(models / "dense"), "-o", str(output), "--device", "cpu", *wrong)
     assert [code for code, _, _ in done] == [2, 2]
     said = "".join(err for _, _, err in done)
     assert said.count("error: ") == 1 and sentence in said
