@@ -148,7 +148,7 @@ def test_processes_that_were_told_different_things_do_not_start(models: Path, tm
     results = run(2, with_own_seed, models, tmp_path / "awq", seconds=60)
     assert sorted(type(result).__name__ for result in results) == ["ConfigError", "EndedElsewhereError"]
     (error,) = (result for result in results if type(result) is ConfigError)
-    assert str(error).startswith("the recipe of process 1 (")
+    assert str(error).startswith("the recipe of process 1 is not that of process 0 (calibration)")
 
 
 def command_line(*arguments: str) -> tuple[object, str, str]:

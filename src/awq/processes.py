@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import platform
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,7 +32,8 @@ T = TypeVar("T")
 # (gloo), or by torchrun.
 TIMEOUT = timedelta(days=1)
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_ENDED = "awq/ended"
+_ENDED, _HEARD = "awq/ended", "awq/heard"
+_FAREWELL = 2.0  # seconds that the one to end waits for the others to hear of it: the store may be its own
 
 
 class Processes(Ranks):
@@ -75,9 +77,14 @@ class Processes(Ranks):
 
     def leave(self) -> None:
         """Whoever waits for a word from this process is told that none will come."""
-        if self in _joined:
-            _joined.remove(self)
-            dist.destroy_process_group(self._words)
+        if self not in _joined:
+            return
+        _joined.remove(self)
+        dist.destroy_process_group(self._words)
+        deadline = time.monotonic() + _FAREWELL
+        with suppress(RuntimeError):
+            while self.store is not None and self.store.add(_HEARD, 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
 
     def _rows(self, total: Tensor) -> list[slice]:
         bounds = [len(total) * rank // self.size for rank in range(self.size + 1)]
@@ -133,14 +140,15 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
-def agree(what: str, value: Any) -> None:
+def agree(what: str, value: Mapping[str, Any]) -> None:
     """ConfigError where `value`, as JSON has it, is not the same on all ranks."""
     told = here().tell(value)
     other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
     if other is not None:
+        differ = ", ".join(name for name in value if told[other].get(name) != told[0].get(name))
         raise ConfigError(
-            f"{what} of process {other} ({told[other]}) is not that of process 0 ({told[0]}): start all processes with "
-            "the same arguments, files, versions and kind of GPU."
+            f"{what} of process {other} is not that of process 0 ({differ}): start all processes with the same "
+            "arguments, files and versions, on GPUs of one kind."
         )
 
 
@@ -193,7 +201,9 @@ def _connected(ranks: Processes) -> Iterator[None]:
 
 def _has_ended(ranks: Processes) -> bool:
     with suppress(RuntimeError):  # the store itself may be gone
-        return ranks.store is not None and ranks.store.check([_ENDED])
+        if ranks.store is not None and ranks.store.check([_ENDED]):
+            ranks.store.add(_HEARD, 1)
+            return True
     return False
 
 
@@ -202,7 +212,8 @@ def _claim(ranks: Ranks, error: BaseException) -> None:
     store, own, first = ranks.store if isinstance(ranks, Processes) else None, str(ranks.rank), None
     with suppress(RuntimeError):
         first = store and store.compare_set(_ENDED, "", own).decode()
-    if first not in (None, own):
+    if isinstance(ranks, Processes) and first not in (None, own):
+        _has_ended(ranks)
         raise EndedElsewhereError("another process has ended the run.") from error
     if isinstance(error, AwqError):
         error.ended_all = True
