@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from awq.algorithm.ranks import by_rows, here, own_rows
+from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
 RIDGES = (0.2, 0.6, 2.0)
@@ -102,19 +103,30 @@ class Moments:
 
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
+        return next(self.corrections(weights, (ridge,)))
+
+    def corrections(self, weights: Mapping[str, Tensor], ridges: Sequence[float]) -> Iterator[dict[str, Tensor]]:
+        """`corrected` for one ridge after the other."""
+        for factor in by_turns([partial(self._factor, ridge) for ridge in ridges], self.gram):
+            if factor[0, 0].isnan():
+                yield dict(weights)
+            else:
+                yield {name: self._corrected(name, weight, factor) for name, weight in weights.items()}
+
+    def _factor(self, ridge: float) -> Tensor:
+        """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
         damping = ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny
         lower, failed = torch.linalg.cholesky_ex(
             self.gram + damping * torch.eye(len(self.gram), device=self.gram.device)
         )
-        if failed:
-            return dict(weights)
-        return {name: self._corrected(name, weight, lower) for name, weight in weights.items()}
+        factor: Tensor = lower.t().contiguous()  # as it lies in memory
+        return factor.fill_(torch.nan) if failed else factor
 
-    def _corrected(self, name: str, weight: Tensor, lower: Tensor) -> Tensor:
+    def _corrected(self, name: str, weight: Tensor, factor: Tensor) -> Tensor:
         wanted = self.wanted(name, weight)
 
         def corrected(part: slice) -> Tensor:
-            return weight[part] + torch.cholesky_solve(wanted[part].t(), lower).t()
+            return weight[part] + torch.cholesky_solve(wanted[part].t(), factor.t()).t()
 
         return by_rows(weight, corrected, torch.empty_like(weight))
 

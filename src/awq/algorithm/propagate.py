@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import Chunk, Stop, enter_dealt, fast_matmul, in_chunks
 from awq.algorithm.moments import Moments
-from awq.algorithm.ranks import LANES, fold, here, rounds
+from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
 from awq.algorithm.routing import replayed_routing
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.stream import BLOCK
@@ -104,17 +104,17 @@ class Propagation:
         results = {held_out: [self._empty(scales) for scales in sets] for held_out in (False, True)}
         lane = [self._empty(scales) for scales in sets]
         weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
-        runs = list(zip(self.entering(), self.exact, self.routing, strict=True))
+        runs = zip(self.entering(), self.exact, self.routing, strict=True)
         with fast_matmul(), replaced_weights(self.block, self.done):
             for together in rounds(runs, lambda run: run[0][0].number):
-                for held_out, totals in results.items():
-                    for (chunk, before), exact, routing in together:
-                        if chunk.held_out == held_out:
-                            with replayed_routing(self.block, routing):
-                                seen = self._run(chunk, before, sets)
-                            for moments, scales, own in zip(lane, sets, weights, strict=True):
-                                judged = own if held_out or all_fit else {}
-                                self._add(moments, scales, exact, seen, judged, before.shape[:-1].numel())
+                parts = in_turn(together, lambda run: run[0][0].held_out, results)
+                for (held_out, totals), part in zip(results.items(), parts, strict=True):
+                    for (chunk, before), exact, routing in part:
+                        with replayed_routing(self.block, routing):
+                            seen = self._run(chunk, before, sets)
+                        for moments, scales, own in zip(lane, sets, weights, strict=True):
+                            judged = own if held_out or all_fit else {}
+                            self._add(moments, scales, exact, seen, judged, before.shape[:-1].numel())
                     fold(totals, lane)
         for moments in (*results[False], *results[True]):
             moments.finish()

@@ -6,7 +6,7 @@ the lanes. Work on a matrix is cut into slabs of rows by its shape alone: a prod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, groupby, pairwise
@@ -67,11 +67,23 @@ def mine(numbers: Sequence[int]) -> list[int]:
     return sorted(own, key=lambda number: (number % LANES, number))
 
 
-def rounds(items: Sequence[T], number: Callable[[T], int]) -> Iterator[list[T]]:
-    """This rank's items by lane, as many lanes at a time as there are ranks; `number` is that of an item's chunk."""
+def rounds(items: Iterable[T], number: Callable[[T], int]) -> Iterator[Iterator[T]]:
+    """This rank's items lane by lane, in every round one of its lanes; `number` is that of an item's chunk."""
     ranks = here()
-    for first in range(0, LANES, ranks.size):
-        yield [item for item in items if number(item) % LANES == first + ranks.rank]
+    lanes = [first + ranks.rank for first in range(0, LANES, ranks.size)]
+    return in_turn(items, lambda item: number(item) % LANES, lanes)
+
+
+def in_turn(items: Iterable[T], key: Callable[[T], int], keys: Iterable[int]) -> Iterator[Iterator[T]]:
+    """The items of each key in turn, read when they are asked for; they lie in the order of the keys."""
+    groups = groupby(items, key)
+    found = next(groups, None)
+    for expected in keys:
+        if found and found[0] == expected:
+            yield found[1]
+            found = next(groups, None)
+        else:
+            yield iter(())
 
 
 class Sums(Protocol):
@@ -150,3 +162,12 @@ def share(parts: Sequence[slice], out: Tensor) -> Tensor:
 
 def _owner(number: int, parts: Sequence[slice]) -> int:
     return number * here().size // len(parts)
+
+
+def by_turns(works: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]:
+    """What each of `works` makes, of the shape of `like`; as many at once, ahead of the asking, as there are ranks."""
+    ranks = here()
+    for first in range(0, len(works), ranks.size):
+        group = works[first : first + ranks.size]
+        own = [work() if number == ranks.rank else torch.empty_like(like) for number, work in enumerate(group)]
+        yield from (ranks.hand_out(result, source) for source, result in enumerate(own))

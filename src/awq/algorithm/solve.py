@@ -69,9 +69,10 @@ def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
     weights = {name: judge.linear.weight for name, judge in judges.items()}
     best = dict(weights)
     losses = {name: judge(weights[name]) for name, judge in judges.items()}
+    corrections = fit.corrections(weights, RIDGES)
     for ridge in RIDGES:
         with fast_matmul(enabled=False):
-            trials = fit.corrected(weights, ridge)
+            trials = next(corrections)
         trial_losses = {name: judges[name](trial) for name, trial in trials.items()}
         better = [name for name, loss in trial_losses.items() if loss < losses[name]]
         best |= {name: trials[name] for name in better}
