@@ -45,11 +45,18 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
+    "weights": {"algorithm", "checkpoint", "errors", "linears", "source"},
     "processes": {"algorithm", "errors", "source"},
     "save": {"algorithm", "checkpoint", "config", "linear", "names", "processes", "source"},
-    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "linear", "linears", "names", "plan"}
-    | {"processes", "progress", "save"}
-    | {"source"}
+    "stored": {"linears", "names", "packing", "plan", "save"},
+    "stages": set(),
+    "memory": {"algorithm", "config", "errors", "linears"},
+    "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
+    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "memory", "names", "plan", "progress"}
+    | {"processes", "run", "save", "source", "stages", "stored", "weights"}
+    | GROUND,
+    "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
+    | {"plan", "processes", "progress", "run", "save", "source", "stages"}
     | GROUND,
     "load": {"checkpoint", "experts", "kernels", "linear", "linears", "names", "source"} | GROUND,
     "model": {"calibration", "checkpoint", "engine", "load", "processes", "recipe", "save", "source"} | GROUND,

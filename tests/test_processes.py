@@ -18,6 +18,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from awq import AutoAWQForCausalLM
 from awq.algorithm import blocks, learn
+from awq.checkpoint.journal import JOURNAL_FILE
+from awq.checkpoint.output import unfinished
 from awq.checkpoint.read import open_checkpoint
 from awq.cli.app import app
 from awq.config import QuantConfig
@@ -137,7 +139,26 @@ def test_an_error_in_one_process_ends_all(models: Path, tmp_path: Path) -> None:
     first, second = run(2, fail_in_a_block, models, tmp_path / "awq", seconds=60)
     assert isinstance(first, EndedElsewhereError)
     assert isinstance(second, CheckpointError) and str(second) == "this disk is damaged."
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "awq").exists()
+
+
+def quantize_dense(models: Path, output: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quantize_folder(models / "dense", output, CONFIG, samples=8, **TEXT)
+    return [str(one.message) for one in said]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_two_processes_began_another_number_goes_on_with(models: Path, tmp_path: Path, size: int) -> None:
+    first, second = run(2, fail_in_a_block, models, tmp_path / "awq", seconds=60)
+    assert isinstance(first, EndedElsewhereError) and isinstance(second, CheckpointError)
+    assert len((unfinished(tmp_path / "awq") / JOURNAL_FILE).read_text().splitlines()) == 2  # what is done, and a block
+    results = run(size, quantize_dense, models, tmp_path / "awq")
+    assert_done(results)
+    assert not any("same bits" in line for line in results[0])
+    assert_done(run(1, quantize_dense, models, tmp_path / "whole"))
+    assert digests(tmp_path / "awq") == digests(tmp_path / "whole")
 
 
 def with_own_seed(models: Path, output: Path) -> None:

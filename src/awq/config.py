@@ -114,6 +114,10 @@ class QuantConfig:
     def with_group_size(self, group_size: int) -> Self:
         return replace(self, group_size=group_size)
 
+    def with_kept(self, names: tuple[str, ...]) -> Self:
+        """With what stays float."""
+        return replace(self, modules_to_not_convert=names)
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -21,14 +21,15 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     return LinearShape(module.nx, module.nf) if isinstance(module, Conv1D) else None
 
 
-def shared_parameters(model: nn.Module) -> frozenset[int]:
-    """The ids of the parameters of modules that stand in several places, or share them: to change one changes others.
+def shared_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+    """By id, the parameters of modules that stand in several places, or share them: to change one changes others.
 
     A part that merely has two names is in one place: its modules have one parent each.
     """
     leaves = (child for parent in model.modules() for child in parent._modules.values() if child is not None)
-    places = Counter(id(parameter) for leaf in leaves for parameter in leaf.parameters(recurse=False))
-    return frozenset(found for found, count in places.items() if count > 1)
+    found = [parameter for leaf in leaves for parameter in leaf.parameters(recurse=False)]
+    places = Counter(map(id, found))
+    return {id(parameter): parameter for parameter in found if places[id(parameter)] > 1}
 
 
 def as_linear(module: nn.Module) -> nn.Module:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,44 @@ from awq import __version__
 from awq.algorithm.blocks import quantize_blocks
 from awq.algorithm.ranks import here
 from awq.calibration import CalibrationSet, load_calibration
-from awq.checkpoint.output import check_output, finished_recipe
+from awq.checkpoint.output import check_output, finished_recipe, unfinished
 from awq.checkpoint.read import open_checkpoint
+from awq.checkpoint.shards import parse_size
+from awq.checkpoint.write import check_settings
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
 from awq.errors import CalibrationError, ConfigError
 from awq.experts import split_experts
+from awq.job import open_job, run_job, warn_fallbacks
 from awq.linear import QuantLinear
 from awq.linears import as_linear
+from awq.memory import Limits
 from awq.plan import Plan, make_plan
 from awq.processes import agree, in_company
 from awq.progress import track
-from awq.save import save_quantized
+from awq.run import Target
+from awq.save import extras_of, save_quantized
 from awq.source import check_finite, find_source, pick_device, replace_module, skeleton
+from awq.stages import Stages
 
 __all__ = ["Finished", "check_length", "check_model", "quantize_folder", "quantize_model", "save_quantized"]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A checkpoint on disk. `already_complete`: the identical recipe had been run before, so nothing was."""
+    """A checkpoint on disk.
+
+    already_complete: the identical recipe had been run before, so nothing was
+    seconds:          by stage of this run; memory: the most that it took, in bytes, by place
+    """
 
     path: Path
     report: dict[str, Any]
     warnings: tuple[str, ...] = ()
     size_bytes: int = 0
     already_complete: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 @in_company
@@ -79,12 +92,16 @@ def quantize_model(
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
                 linears[linear] = result.report
-            _warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
+            warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
             bar.advance(note=block)
+    return _report(recipe, planned) | {"linears": linears}
+
+
+def _report(recipe: dict[str, Any], planned: Plan) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "versions": {"awq": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "linears": linears,
+        "linears": {},
         "not_converted": planned.not_converted,
         "notes": [*planned.notes],
     }
@@ -122,12 +139,6 @@ def _check_tokens(model: Any, tokens: Tensor, name: str) -> None:
         )
 
 
-def _warn_fallbacks(block: str, reports: dict[str, dict[str, Any]]) -> None:
-    for reason in {report["fallback"] for report in reports.values()} - {None}:
-        names = ", ".join(name for name, report in reports.items() if report["fallback"] == reason)
-        warnings.warn(f"{block}: {reason} in {names}: rounded plainly.", stacklevel=3)
-
-
 @in_company
 def quantize_folder(
     model: str | Path,
@@ -144,29 +155,35 @@ def quantize_folder(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     verify: str = "quick",
+    shard_size: str | int = "5GB",
+    whole: bool = False,
+    gpu_memory: str | int | None = None,
+    host_memory: str | int | None = None,
     progress: bool = True,
 ) -> Finished:
-    """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`.
+    """Quantize the model at `model` (folder, GGUF or hub id) into the folder `output`, block by block.
 
-    Everything that can be wrong with the arguments is found before the weights are read. An output finished by the
-    identical recipe is reported complete and left alone.
+    The float model stays on disk but for a block or two; `whole` loads all of it at once, as a GGUF needs. Everything
+    that can be wrong with the arguments is found before the weights are read. A run that was ended goes on behind its
+    last finished block when it is started again, and an output finished by the identical recipe is left alone.
+
+    gpu_memory, host_memory: what may be used, in bytes or as "8GiB"; most of what is free by default
     """
-    if config.bits != 4:
-        raise ConfigError(f"bits={config.bits} cannot be stored: the checkpoint format holds 4-bit codes only.")
-    pick_device(device)
+    target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
+    limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))
+    check_settings(replace(config, group_size=config.group_size or -1), verify)
+    place = pick_device(device)
     source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    done = here().tell(finished_recipe(Path(output)))[0]
+    done = here().tell(finished_recipe(target.path))[0]
     if done is None and here().rank == 0:
-        check_output(Path(output), overwrite)
+        check_output(target.path, overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
     outline = skeleton(model_config, trust_remote_code=trust_remote_code)
     split_experts(outline)
-    planned = make_plan(outline, config)
+    make_plan(outline, config)
     tokenizer = source.tokenizer()
-    float_model = source.load() if "self" in calibration else None
-    if float_model is not None:
-        check_finite(float_model, source.name)
+    job = open_job(source, config, place, whole="it writes its own text" if "self" in calibration else whole)
     text = load_calibration(
         tokenizer,
         sources=list(calibration) or None,
@@ -174,32 +191,23 @@ def quantize_folder(
         seq_len=seq_len,
         seed=seed,
         text_column=text_column,
-        model=float_model,
+        model=job.model if "self" in calibration else None,
     )
     recipe = {
         "awq": __version__,
         "model": {"name": Path(source.name).name, "fingerprint": source.fingerprint()},
-        "config": _config_dict(planned.config),
+        "config": _config_dict(job.planned.config),
         "calibration": _calibration_dict(text),
     }
     agree("the recipe", recipe)
     if done == recipe and not overwrite:
-        return _already_complete(Path(output))
-    if here().rank == 0:
-        check_output(Path(output), overwrite)
-    float_model = float_model or source.load()
-    report = quantize_model(float_model, config, text, device=device, name=source.name, progress=progress)
-    report["recipe"] = recipe
-    written = save_quantized(
-        float_model,
-        output,
-        report,
-        tokenizer=tokenizer,
-        beside=source.processor_files(),
-        overwrite=overwrite,
-        verify=verify,
-    )
-    return Finished(written.path, report, written.warnings, written.bytes)
+        return _already_complete(target.path)
+    _check_tokens(job.outline, text.tokens, source.name)
+    extras = extras_of(job.model, [tokenizer], source.processor_files())
+    report = _report(recipe, job.planned)
+    with Stages(place) as stages:
+        written = run_job(job, target, text.tokens, report, extras, stages=stages, limits=limits, progress=progress)
+    return Finished(written.path, report, written.warnings, written.bytes, False, stages.seconds, stages.memory())
 
 
 def _already_complete(output: Path) -> Finished:
@@ -207,6 +215,7 @@ def _already_complete(output: Path) -> Finished:
     found: tuple[dict[str, Any], int] = ({}, 0)
     if here().rank == 0:
         open_checkpoint(output)  # a file may have gone since
+        shutil.rmtree(unfinished(output), ignore_errors=True)
         report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
         found = report, sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     report, size = here().tell(found)[0]

@@ -32,6 +32,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokeniz
 # What turns images, sound and chats into a model's inputs; it belongs beside the quantized weights as it is.
 _PROCESSOR_FILES = ("*processor_config.json", "audio_tokenizer_config.json", "chat_template.json", "*/*.jinja")
 _SAMPLE_BYTES, _SAMPLE_EVERY = 1 << 12, 1 << 20
+_SMALL_FILE = 1 << 26  # read whole: samples of it could miss what differs
 # What readers of damaged files and unknown architectures have been seen to raise.
 _UNREADABLE = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError, struct.error)
 
@@ -96,7 +97,9 @@ class Source:
         return model.eval()
 
     def fingerprint(self) -> str:
-        """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes."""
+        """A digest of the configuration, the weight files' sizes, and 4 KiB of each of their megabytes, all of a small
+        file's.
+        """
         digest = hashlib.sha256()
         config = self.folder / "config.json"
         if config.exists() and not self.gguf:
@@ -104,10 +107,11 @@ class Source:
         for path in self.weight_files():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
+            sample = _SAMPLE_EVERY if size <= _SMALL_FILE else _SAMPLE_BYTES
             with path.open("rb") as file:
                 for position in range(0, size, _SAMPLE_EVERY):
                     file.seek(position)
-                    digest.update(file.read(_SAMPLE_BYTES))
+                    digest.update(file.read(sample))
         return digest.hexdigest()
 
 
@@ -177,12 +181,12 @@ def auto_class(config: PretrainedConfig) -> Any:
     return next(whole, next(iter(known), AutoModelForCausalLM))
 
 
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(model: nn.Module, name: str, prefix: str = "") -> None:
     """CheckpointError naming the first parameter that holds NaN or infinity."""
     for parameter, value in model.named_parameters():
         if value.device.type != "meta" and not bool(value.isfinite().all()):
             raise CheckpointError(
-                f"{name} has NaN or infinite values in {parameter}: the file is damaged or overflowed."
+                f"{name} has NaN or infinite values in {prefix}{parameter}: the file is damaged or overflowed."
             )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from awq.algorithm import blocks as blocks_module
+from awq.algorithm import passes as passes_module
 from awq.algorithm.blocks import quantize_blocks
 from awq.algorithm.capture import Call, Chunk, capture
 from awq.algorithm.coverage import counted, every_expert
@@ -197,7 +198,7 @@ def test_experts_are_corrected_for_what_was_quantized_before_them() -> None:
 
 def test_the_number_of_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     together = quantized(tiny_mixtral(), "balanced")
-    monkeypatch.setattr(blocks_module, "PASS_BYTES", 1)
+    monkeypatch.setattr(passes_module, "PASS_BYTES", 1)
     assert quantized(tiny_mixtral(), "balanced") == together
 
 

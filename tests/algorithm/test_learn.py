@@ -109,7 +109,7 @@ def test_text_of_which_nothing_is_held_out_teaches_nothing() -> None:
 
 def test_a_learner_starts_where_rounding_ended_and_its_gradient_passes() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    coded = Coded.plainly(weight, fit_affine(weight, 32, 4, True))
+    coded = Coded.plainly(weight, fit_affine(weight, 32, 4, True), learned=True)
     learner = _Linear(coded)
     assert torch.equal(learner.weight(), coded.weight)
     assert torch.equal(learner.coded().codes, coded.codes)

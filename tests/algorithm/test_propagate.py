@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm import blocks as blocks_module
+from awq.algorithm import passes as passes_module
 from awq.algorithm import solve as solve_module
 from awq.algorithm.blocks import find_blocks, quantize_blocks
 from awq.algorithm.propagate import enter_both, recorded
@@ -120,7 +120,7 @@ def test_a_gram_matrix_without_a_factor_leaves_plain_rounding(monkeypatch: pytes
 
 
 def test_more_sets_than_passes_are_measured_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "MAX_PASSES", 2)
+    monkeypatch.setattr(passes_module, "MAX_PASSES", 2)
     reference, model = logits(tiny_llama()), tiny_llama()
     apply(model, quantized(model, TEXT, effort="balanced", outlier_ratio=0))
     assert (logits(model) - reference).norm() / reference.norm() < 0.09

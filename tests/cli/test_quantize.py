@@ -48,6 +48,10 @@ def test_defaults(calls: list[tuple[Any, ...]]) -> None:
         "trust_remote_code": False,
         "overwrite": False,
         "verify": "quick",
+        "shard_size": "5GB",
+        "gpu_memory": None,
+        "host_memory": None,
+        "whole": False,
     }
 
 
@@ -56,7 +60,7 @@ def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
         "--bits 4 --group-size 64 --symmetric --version gemv --outlier-ratio 0.01 --effort balanced "
         "--modules-to-not-convert a --modules-to-not-convert b --calibration code --calibration more.txt "
         "--text-column body --samples 8 --seq-len 256 --device cpu --seed 3 --overwrite "
-        "--revision v1 --trust-remote-code --verify full"
+        "--revision v1 --trust-remote-code --verify full --shard-size 1GB --gpu-memory 8GiB --host-memory 16GiB --whole"
     )
     assert run("quantize", "model", "-o", "out", *flags.split()).exit_code == 0
     ((_, _, config, options),) = calls
@@ -72,6 +76,10 @@ def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
         "trust_remote_code": True,
         "overwrite": True,
         "verify": "full",
+        "shard_size": "1GB",
+        "gpu_memory": "8GiB",
+        "host_memory": "16GiB",
+        "whole": True,
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from awq import recipe
-from tests.cli.run import refused
+from tests.cli.run import refused, run
 from tests.tiny import save_tiny, tiny_llama
 
 
@@ -110,7 +110,10 @@ def test_nan_in_the_weights_names_the_tensor(tmp_path: Path, out: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
     folder = save_tiny(tmp_path / "nan", model)
-    sentence = refused("quantize", folder, "--output", out, "--samples", 2, "--seq-len", 64, "--group-size", 32)
+    result = run("quantize", folder, "--output", out, "--samples", 2, "--seq-len", 64, "--group-size", 32)
+    assert result.exit_code == 2 and not result.stdout
+    *_, sentence = result.stderr.splitlines()
+    assert sentence.startswith("error: ")
     assert "model.layers.1.mlp.up_proj.weight" in sentence
 
 

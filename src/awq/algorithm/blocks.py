@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_dealt, enter_model, fast_matmul, lifted
+from awq.algorithm.activations import Activations, ParkedList
+from awq.algorithm.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
 from awq.algorithm.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.deal import Measured, solve_dealt
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
-from awq.algorithm.folded import Folded
+from awq.algorithm.folded import Folded, is_alone, scale_group
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.learn import learn
 from awq.algorithm.outliers import Budget, keep_plainly
+from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
-from awq.algorithm.scale import Consumer, search_scale
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.solution import Linear, Linears, Solution, column_scales
-from awq.algorithm.solve import plain, solve, solve_propagated
+from awq.algorithm.solve import solve, solve_propagated
+from awq.algorithm.stats import InputStats
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.linears import linear_shape, shared_parameters
 
 __all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
 
-MAX_PASSES = 8  # of a block; where more sets of linears wait for their input, one pass serves them all
-PASS_BYTES = 4 << 30  # of moments in one pass; it decides how many passes experts take, and nothing of the result
 STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
 
 
@@ -50,43 +52,117 @@ def quantize_blocks(
     are scaled with their group and stay float. What the model uses in two places is left alone. `columns` is the inner
     loop of compensated rounding.
     """
-    prefix, blocks = find_blocks(model)
-    shared = shared_parameters(model)
-    propagated = config.effort != "fast"
-    budget = Budget(config.outlier_ratio)
-    with torch.no_grad():
-        probe = enter_model(model, blocks, tokens[:1, :PROBE_TOKENS], device)[0]
-        chunks = (enter_both if propagated else enter_dealt)(model, blocks, tokens, device)
-        for index, block in enumerate(blocks):
-            name = f"{prefix}.{index}"
-            origin = next(block.parameters()).device
-            stored_in = storage_dtype(block)
-            with lifted(block, device):
-                like = Siblings(block)
-                structure, stats, counts, streams = _look(block, index, chunks, probe, propagated)
-                linears = {
-                    linear: Linear(module, stats.pop(linear, None), config)
-                    for linear, module in block.named_modules()
-                    if isinstance(module, nn.Linear) and wanted(f"{name}.{linear}") and id(module.weight) not in shared
-                }
-                _count(linears, like, counts)
-                groups = [group for group in structure.groups if config.scale and _alone(block, group, shared)]
-                made = (_scale_group(block, group, linears, like, config, stored_in) for group in groups)
-                folds = [folded for folded in made if folded]
-                sets = _sets(structure, linears)
-                if propagated and probe.calls[index]:
-                    with every_expert(block, chunks):
-                        solutions = _propagate(streams, _passes(sets, like), config, columns)
-                        while _undone(folds, solutions, block, linears):
-                            streams.done.clear()
-                            solutions = _propagate(streams, _passes(sets, like), config, columns)
-                    if config.effort == "max":
-                        solutions = _learn(streams, solutions, groups, stored_in)
-                    streams.advance()
-                    results = _finished(solutions, config, budget)
-                else:
-                    results = _plainly(sets, config)
-            yield name, {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
+    loop = BlockLoop(model, tokens, config, wanted, device, columns)
+    for index in range(len(loop.blocks)):
+        with loop.solved(index) as results:
+            yield loop.name(index), results
+
+
+class BlockLoop:
+    """The blocks in turn, each of them solved, or replayed where an earlier run has solved it.
+
+    chunks: the calibration text behind the blocks that are done, in the float model and behind quantized blocks
+    budget: of outlier channels; what the blocks that are done have left of it
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        config: QuantConfig,
+        wanted: Callable[[str], bool],
+        device: torch.device,
+        columns: ColumnLoop = PLAIN_LOOP,
+        weights: Weights = IN_MEMORY,
+        activations: Activations | None = None,
+        stage: Callable[[str], AbstractContextManager[None]] = lambda _stage: nullcontext(),
+    ) -> None:
+        self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
+        self.weights, self.stage = weights, stage
+        self.prefix, self.blocks = find_blocks(model)
+        self.shared = shared_parameters(model)
+        self.propagated = config.effort != "fast"
+        self.budget = Budget(config.outlier_ratio)
+        enter = enter_both if self.propagated else enter_dealt
+        with torch.no_grad(), stage("read"), weights.enter():
+            self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
+            self.chunks = enter(model, self.blocks, tokens, device, weights)
+        self.activations = activations or Activations()
+        for chunk in self.chunks:
+            chunk.move(self.activations)
+
+    def name(self, index: int) -> str:
+        return f"{self.prefix}.{index}"
+
+    @contextmanager
+    def solved(self, index: int) -> Iterator[Results]:
+        """The results of a block by full linear name, while it still is in float32 on the device."""
+        block, name = self.blocks[index], self.name(index)
+        with torch.no_grad(), ExitStack() as held:
+            with self.stage("read"):
+                held.enter_context(self.weights.block(index))
+                origin, stored_in = next(block.parameters()).device, storage_dtype(block)
+                held.enter_context(lifted(block, self.device))
+            results = self._solve(block, index, stored_in)
+            yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
+
+    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor] | None) -> None:
+        """Move on behind a block that is done.
+
+        left: what it left of the budget. quantized: its parameters as `solved` left them, by their name in it, those of
+        the quantized linears as the int4 alone has them; on other ranks than the first, None.
+        """
+        block, self.budget.left = self.blocks[index], left
+        with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
+            inputs = ParkedList([chunk.parked for chunk in self.chunks])
+            with every_expert(block, self.chunks), fast_matmul():
+                for chunk in self.chunks:
+                    chunk.hidden = chunk.run(index, block, chunk.hidden)
+            if self._propagates(index):
+                for parameter, value in block.named_parameters():
+                    if quantized is not None:
+                        value.data.copy_(quantized[parameter])
+                    here().hand_out(value.data)
+                Propagation(block, index, self.chunks, inputs).advance()
+
+    def checksum(self) -> int:
+        """Of both streams on all ranks, to compare them bit by bit: the sum of their words."""
+        streams = [part for chunk in self.chunks for part in (chunk.hidden, chunk.quantized) if part is not None]
+        return sum(here().tell(sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)))
+
+    def _propagates(self, index: int) -> bool:
+        return self.propagated and self.probe.calls[index] is not None
+
+    def _solve(self, block: nn.Module, index: int, stored_in: torch.dtype) -> Results:
+        config, like = self.config, Siblings(block)
+        with self.stage("capture"):
+            structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
+        linears = self._linears(block, index, stats)
+        count_tokens(linears, like, counts)
+        groups = [group for group in structure.groups if config.scale and is_alone(block, group, self.shared)]
+        made = (scale_group(block, group, linears, like, config, stored_in) for group in groups)
+        folds = [folded for folded in made if folded]
+        sets = input_sets(structure, linears)
+        if not self._propagates(index):
+            return _plainly(sets, config)
+        with every_expert(block, self.chunks):
+            solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
+            while _undone(folds, solutions, block, linears):
+                streams.done.clear()
+                solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
+        if config.effort == "max":
+            solutions = _learn(streams, solutions, groups, stored_in)
+        streams.advance()
+        return _finished(solutions, config, self.budget)
+
+    def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
+        """The linears to quantize, with what is known of their inputs."""
+        return {
+            name: Linear(module, stats.pop(name, None), self.config)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
+            if self.wanted(f"{self.name(index)}.{name}") and id(module.weight) not in self.shared
+        }
 
 
 def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
@@ -164,43 +240,6 @@ def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, li
     return bool(worse)
 
 
-def _passes(sets: list[Linears], like: Siblings) -> list[list[Linears]]:
-    """The sets that are measured at once: one, or the same one in as many experts as PASS_BYTES hold."""
-    roles: dict[str, list[Linears]] = {}
-    for part in sets:
-        roles.setdefault(like.role(next(iter(part))), []).append(part)
-    merged = list(roles.values()) if len(roles) <= MAX_PASSES else [sets]
-    return [group for together in merged for group in _within(together, PASS_BYTES)]
-
-
-def _within(sets: list[Linears], limit: int) -> Iterator[list[Linears]]:
-    group: list[Linears] = []
-    size = 0
-    for part in sets:
-        needed = 16 * next(iter(part.values())).weight.shape[1] ** 2  # two Moments of two float32 matrices
-        if group and size + needed > limit:
-            yield group
-            group, size = [], 0
-        group.append(part)
-        size += needed
-    yield group
-
-
-def _count(linears: Linears, like: Siblings, counts: Counts) -> None:
-    """Note how many tokens each expert's linears are given."""
-    for name, linear in linears.items():
-        if place := like.place(name):
-            linear.in_expert, linear.tokens = True, counts[place[0]][place[1]]
-
-
-def _sets(structure: Structure, linears: Linears) -> list[Linears]:
-    """The linears to quantize, those that read one input together, in order of execution; unreached ones alone."""
-    reached = {name for names in structure.input_sets for name in names}
-    unreached = ((name,) for name in linears if name not in reached)
-    sets = ({name: linears[name] for name in names if name in linears} for names in (*structure.input_sets, *unreached))
-    return [part for part in sets if part]
-
-
 def _look(
     block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
 ) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
@@ -208,7 +247,7 @@ def _look(
 
     The chunks move on to its output.
     """
-    inputs = [chunk.hidden for chunk in chunks]
+    inputs = ParkedList([chunk.parked for chunk in chunks])
     probe.hidden = here().hand_out(
         inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
     )
@@ -230,7 +269,7 @@ def _look(
         every_expert(block, chunks),
         counted(block) as counts,
         fast_matmul(),
-        recorded(block, points) as exact,
+        recorded(block, points, activations=chunks[0].activations if chunks else None) as exact,
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)
@@ -241,28 +280,3 @@ def storage_dtype(block: nn.Module) -> torch.dtype:
     """What the block's norms are stored in: their own half precision, float16 for a float32 model."""
     dtype = next(block.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
-    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
-    modules = map(block.get_submodule, (group.producer, *group.consumers))
-    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
-
-
-def _scale_group(
-    block: nn.Module,
-    group: ScaleGroup,
-    linears: Linears,
-    like: Siblings,
-    config: QuantConfig,
-    stored_in: torch.dtype,
-) -> Folded | None:
-    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
-    if not all(linears[name].usable for name in reached):
-        return None
-    consumers = [
-        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
-        for name, linear in ((name, linears[name]) for name in reached)
-    ]
-    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
-    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

@@ -4,59 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.ranks import fold, here, mine, rounds
+from awq.algorithm.activations import Activations, Kept, Parked
+from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.ranks import fold, mine, rounds
 from awq.algorithm.siblings import Siblings
+from awq.algorithm.stats import InputStats
 from awq.errors import UnsupportedModelError
 
 # The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand, nor on
 # the number of processes.
 CHUNK_TOKENS = 2048
-
-
-@dataclass
-class InputStats:
-    """Second moments of a linear's input x over the calibration text.
-
-    gram:     float32 [in_features, in_features], the mean of x x^T over the tokens
-    mean_abs: float32 [in_features], the mean of |x|
-    """
-
-    gram: Tensor
-    mean_abs: Tensor
-    tokens: float = 0
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> Self:
-        return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
-
-    def add(self, x: Tensor, weight: float = 1) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        self.gram.addmm_(x.t(), x, alpha=weight)
-        self.mean_abs += x.abs().sum(0) * weight
-        self.tokens += x.shape[0] * weight
-
-    def tensors(self) -> list[Tensor]:
-        return [self.gram, self.mean_abs]
-
-    def finish(self) -> None:
-        for total in self.tensors():
-            here().complete(total)
-            total /= self.tokens or 1
-
-    def rescaled(self, scale: Tensor) -> InputStats:
-        """The statistics of x / scale."""
-        return replace(self, gram=self.gram / scale / scale.unsqueeze(1), mean_abs=self.mean_abs / scale)
-
-    @property
-    def finite(self) -> bool:
-        return bool(self.gram.isfinite().all())
 
 
 @dataclass
@@ -87,11 +51,23 @@ class Chunk:
     number:    in the order of all text; a rank holds some chunks
     """
 
-    hidden: Tensor
+    activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
+    hidden: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
     calls: list[Call | None] = field(default_factory=list)
-    quantized: Tensor | None = None
+    quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
     number: int = 0
+
+    def move(self, activations: Activations) -> None:
+        """Keep what is to come, and what there is, in other rooms."""
+        self.__dict__["activations"] = activations
+        self.hidden, self.quantized = self.hidden, self.quantized
+
+    @property
+    def parked(self) -> Parked:
+        """The hidden states where they are."""
+        parked: Parked = self.__dict__["_hidden"]
+        return parked
 
     def call(self, index: int) -> Call:
         """How text calls a block that it runs."""
@@ -109,20 +85,28 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
-def enter_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
+def enter_model(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
+) -> list[Chunk]:
     """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
 
-    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on.
+    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
+    first is run once, on a few tokens, to see what a block returns.
     """
-    return _entered(model, blocks, list(enumerate(in_chunks(tokens))), device)
+    return _entered(model, blocks, list(enumerate(in_chunks(tokens))), device, weights)
 
 
 def enter_dealt(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, first: int = 0
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    device: torch.device,
+    weights: Weights = IN_MEMORY,
+    first: int = 0,
 ) -> list[Chunk]:
     """`enter_model` with the chunks that this rank takes, lane by lane; the first of all is number `first`."""
     parts = dict(enumerate(in_chunks(tokens), first))
-    return _entered(model, blocks, [(number, parts[number]) for number in mine(list(parts))], device)
+    return _entered(model, blocks, [(number, parts[number]) for number in mine(list(parts))], device, weights)
 
 
 def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
@@ -130,10 +114,13 @@ def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def _entered(
-    model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device
+    model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device, weights: Weights
 ) -> list[Chunk]:
-    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8]) if parts else 0
-    return [replace(_enter(model, blocks, part, outputs, device), number=number) for number, part in parts]
+    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8], weights) if parts else 0
+    chunks = [_enter(model, blocks, part, outputs, device) for _, part in parts]
+    for chunk, (number, _) in zip(chunks, parts, strict=True):
+        chunk.number = number
+    return chunks
 
 
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
@@ -165,23 +152,29 @@ def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
     return index
 
 
-def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> int:
+def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, weights: Weights) -> int:
     """How many values a block returns, 0 for a bare tensor."""
     seen: list[int] = []
+    numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
 
     def look(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.append(len(output) if isinstance(output, tuple | list) else 0)
         raise Stop
 
-    with ExitStack() as hooks:
-        for block in blocks:
+    with ExitStack() as held, ExitStack() as hooks:
+
+        def hold(block: nn.Module, _args: Any) -> None:
+            held.enter_context(weights.block(numbers[block]))
+
+        for block in numbers:
+            hooks.callback(block.register_forward_pre_hook(hold).remove)
             hooks.callback(block.register_forward_hook(look).remove)
         _forward(model, tokens)
     return seen[0]
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> None:
-    device = next(model.parameters()).device
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     with suppress(Stop):
         model(input_ids=tokens.to(device), use_cache=False)
 
@@ -206,7 +199,8 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
     """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
     if isinstance(value, Tensor):
         if id(value) not in memo:
-            memo[id(value)] = value, value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+            moved = value.to(device)  # before it is widened: half the bytes to move
+            memo[id(value)] = value, moved.float() if moved.is_floating_point() else moved
         return memo[id(value)][1]
     if isinstance(value, dict):
         return {key: _moved(item, device, memo) for key, item in value.items()}
@@ -217,20 +211,22 @@ def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tenso
 
 @contextmanager
 def lifted(block: nn.Module, device: torch.device) -> Iterator[None]:
-    """`block` in float32 on `device`; afterwards each tensor it still holds goes back to where and what it was."""
+    """`block` in float32 on `device`; afterwards each tensor that it still holds goes back to where and what it was."""
     origin = {name: (p.device, p.dtype) for name, p in block.named_parameters()}
     buffers = {name: b.device for name, b in block.named_buffers()}
     for parameter in block.parameters():
-        parameter.data = parameter.data.to(device, torch.float32)
+        parameter.data = parameter.data.to(device).to(torch.float32)
     for buffer in block.buffers():
         buffer.data = buffer.data.to(device)
     try:
         yield
     finally:
         for name, parameter in block.named_parameters():
-            parameter.data = parameter.data.to(*origin[name])
+            if name in origin and not parameter.is_meta:
+                parameter.data = parameter.data.to(*origin[name])
         for name, buffer in block.named_buffers():
-            buffer.data = buffer.data.to(buffers[name])
+            if name in buffers:
+                buffer.data = buffer.data.to(buffers[name])
 
 
 @contextmanager

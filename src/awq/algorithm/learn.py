@@ -73,6 +73,7 @@ class _Linear:
     """A linear's codes before rounding, and the gain of its scales."""
 
     def __init__(self, coded: Coded) -> None:
+        assert coded.unrounded is not None
         self.start, grid = coded, coded.grid
         self.top = 2**grid.bits - 1
         codes = coded.unrounded.view(*grid.scales.shape, -1).clamp(0, self.top)

@@ -92,6 +92,10 @@ class Moments:
             here().complete(total)
             total /= self.tokens or 1
 
+    def inputs_alone(self) -> Moments:
+        """These without what only the search for a target needs."""
+        return Moments(self.gram, torch.empty(0), tokens=self.tokens)
+
     def wanted(self, name: str, weight: Tensor) -> Tensor:
         """(target - W x) x^T for the linear `name` with `weight` W, [out, in]: the rows that this rank takes of it."""
 
@@ -115,10 +119,10 @@ class Moments:
 
     def _factor(self, ridge: float) -> Tensor:
         """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
-        damping = ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny
-        lower, failed = torch.linalg.cholesky_ex(
-            self.gram + damping * torch.eye(len(self.gram), device=self.gram.device)
-        )
+        damped = self.gram.clone()
+        damped.diagonal().add_(ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         factor: Tensor = lower.t().contiguous()  # as it lies in memory
         return factor.fill_(torch.nan) if failed else factor
 
@@ -135,7 +139,7 @@ class Moments:
 
         def losses(part: slice) -> Tensor:
             delta = trial[part] - weight[part]
-            return ((delta @ self.gram).sub_(wanted[part], alpha=2) * delta).sum(1)
+            return (delta @ self.gram).sub_(wanted[part], alpha=2).mul_(delta).sum(1)
 
         rows = by_rows(weight, losses, weight.new_empty(len(weight)))
         return rows + self.missed[name] if name in self.missed else rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awq.algorithm.activations import Activations, ParkedList
 from awq.algorithm.capture import Chunk, Stop, enter_dealt, fast_matmul, in_chunks
+from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.moments import Moments
 from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
 from awq.algorithm.routing import replayed_routing
@@ -23,27 +25,31 @@ HELD_OUT = 7
 Seen = dict[str, Tensor]
 
 
-def enter_both(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device) -> list[Chunk]:
+def enter_both(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
+) -> list[Chunk]:
     """`enter_dealt`, with the sequences that are held out in chunks of their own; of a single one, none is."""
     held = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     if len(tokens) > 1 and not held.any():
         held[-1] = True
-    chunks = enter_dealt(model, blocks, tokens[~held], device)
+    chunks = enter_dealt(model, blocks, tokens[~held], device, weights)
     first = len(in_chunks(tokens[~held]))
-    for chunk in enter_dealt(model, blocks, tokens[held], device, first) if held.any() else ():
+    for chunk in enter_dealt(model, blocks, tokens[held], device, weights, first) if held.any() else ():
         chunk.held_out = True
         chunks.append(chunk)
     return sorted(chunks, key=lambda chunk: chunk.number % LANES)
 
 
 @contextmanager
-def recorded(block: nn.Module, names: Collection[str], last: str | None = None) -> Iterator[list[Seen]]:
+def recorded(
+    block: nn.Module, names: Collection[str], last: str | None = None, activations: Activations | None = None
+) -> Iterator[Any]:
     """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run.
 
     Of a module in an expert it is all inputs, the tokens that the expert is given behind those of a sample, which are
-    multiplied by the root of their weight.
+    multiplied by the root of their weight. What was seen is kept in `activations`, if any.
     """
-    runs: list[Seen] = []
+    runs: Any = activations.list() if activations else []
     like = Siblings(block)
 
     def start(_module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -81,10 +87,10 @@ class Propagation:
     block: nn.Module
     index: int
     chunks: list[Chunk]
-    inputs: list[Tensor]
-    exact: list[Seen]
-    residuals: Mapping[str, str]
-    routing: list[dict[str, Any]]
+    inputs: Sequence[Tensor]
+    exact: Iterable[Mapping[str, Tensor]] = ()
+    residuals: Mapping[str, str] = field(default_factory=dict)
+    routing: list[dict[str, Any]] = field(default_factory=list)
     done: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -92,7 +98,8 @@ class Propagation:
         return Siblings(self.block)
 
     def __post_init__(self) -> None:
-        told = here().tell([hidden.shape[:-1].numel() for hidden in self.inputs])
+        shapes = self.inputs.shapes if isinstance(self.inputs, ParkedList) else [x.shape for x in self.inputs]
+        told = here().tell([shape[:-1].numel() for shape in shapes])
         self.everything = {count for counts in told for count in counts}  # the numbers of tokens in a chunk
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
@@ -126,16 +133,18 @@ class Propagation:
             for chunk, before in self.entering():
                 chunk.quantized = chunk.run(self.index, self.block, before)
 
-    def entering(self) -> list[tuple[Chunk, Tensor]]:
+    def entering(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk with what the block is given behind quantized blocks."""
-        pairs = zip(self.chunks, self.inputs, strict=True)
-        return [(chunk, hidden if chunk.quantized is None else chunk.quantized) for chunk, hidden in pairs]
+        for index, chunk in enumerate(self.chunks):
+            quantized = chunk.quantized
+            yield chunk, self.inputs[index] if quantized is None else quantized
 
     def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
         firsts = [next(iter(scales)) for scales in sets]
         points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
         last = firsts[0] if len(firsts) == 1 and not self.like.place(firsts[0]) else None
+        runs: list[Seen]
         with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
             chunk.run(self.index, self.block, before)
         return runs[0]
@@ -144,7 +153,7 @@ class Propagation:
         self,
         moments: Moments,
         scales: Mapping[str, Tensor],
-        exact: Seen,
+        exact: Mapping[str, Tensor],
         seen: Seen,
         judged: Mapping[str, Tensor],
         tokens: int,

@@ -60,7 +60,7 @@ def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: Colum
     The linears that read one input are solved as one: their rows do not touch each other.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(gram[order][:, order])
+    factor = _inverse_factor(gram[order.unsqueeze(1), order])
     if factor is None:
         return None
     result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
@@ -100,10 +100,12 @@ def _inverse_factor(gram: Tensor) -> Tensor | None:
     if not (mean > 0 and gram.isfinite().all()):
         return None
     for damping in (DAMPING, DAMPING * _STRONGER, DAMPING * _STRONGER**2):
-        damped = gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = gram.flip(0, 1)  # a copy: the largest matrices of a block are few here, each 0.5 GB for 11008 inputs
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return inverse.flip(0, 1).contiguous()
+            inverse = damped.zero_().fill_diagonal_(1)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            return inverse.flip(0, 1)
     return None

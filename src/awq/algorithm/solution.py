@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.affine import Affine, fit_affine
-from awq.algorithm.capture import InputStats, fast_matmul
+from awq.algorithm.capture import fast_matmul
 from awq.algorithm.loss import output_error
 from awq.algorithm.moments import Moments
+from awq.algorithm.stats import InputStats
 from awq.config import QuantConfig
 
 
@@ -31,8 +32,9 @@ class Linear:
         self.scaled_by: str | None = None
         self.power = 1.0
         self.power = self.loss(self.weight) or 1.0
-        self._rounded = full_range(self.weight, config).round(self.weight)
-        self.loss_rounding = self.loss(self._rounded - self.weight)
+        self._grid = full_range(self.weight, config)
+        self._codes = self._grid.encode(self.weight)
+        self.loss_rounding = self.loss(self._grid.decode(self._codes) - self.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -41,7 +43,7 @@ class Linear:
     @property
     def rounded(self) -> Tensor:
         """What plain rounding of the unscaled weight comes to after the folds."""
-        return self._rounded / self.row_scale.unsqueeze(1) * self.column_scale
+        return self._grid.decode(self._codes) / self.row_scale.unsqueeze(1) * self.column_scale
 
     def loss(self, delta: Tensor) -> float:
         """Output error relative to the output's power, as the unscaled model would see it."""
@@ -65,23 +67,27 @@ class Coded:
     """A weight on its grid.
 
     target:    the weight that it stands for, float32 [out, in]
-    unrounded: what each code was rounded from, float32 [out, in], in the unit of the codes
+    unrounded: what each code was rounded from, float32 [out, in], in the unit of the codes; None where nobody learns
     """
 
     grid: Affine
     codes: Tensor
     target: Tensor
-    unrounded: Tensor
+    unrounded: Tensor | None
     rounding: Literal["plain", "compensated", "learned"] = "plain"
     corrected: bool = False
 
     @classmethod
-    def plainly(cls, weight: Tensor, grid: Affine) -> Self:
-        return cls(grid, grid.encode(weight), weight, grid.unrounded(weight))
+    def plainly(cls, weight: Tensor, grid: Affine, learned: bool = False) -> Self:
+        return cls(grid, grid.encode(weight), weight, grid.unrounded(weight) if learned else None)
+
+    def decode(self) -> Tensor:
+        """`weight`, not kept."""
+        return self.grid.decode(self.codes)
 
     @cached_property
     def weight(self) -> Tensor:
-        return self.grid.decode(self.codes)
+        return self.decode()
 
     @property
     def delta(self) -> Tensor:
@@ -116,6 +122,10 @@ class Solution:
     coded: dict[str, Coded]
     fit: Moments | None = None
     held_out: Moments | None = None
+
+    @classmethod
+    def measured(cls, linears: Linears, coded: dict[str, Coded], fit: Moments, held_out: Moments) -> Self:
+        return cls(linears, coded, fit.inputs_alone() if fit is not held_out else fit, held_out)
 
     @property
     def weights(self) -> dict[str, Tensor]:

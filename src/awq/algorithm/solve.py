@@ -39,7 +39,8 @@ def solve_propagated(
     if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
         return solve(linears, config)
     judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
-    return Solution(linears, _compensate(judges, fit, config, columns), fit, held_out)
+    coded = _compensate(judges, fit, config, columns)
+    return Solution.measured(linears, coded, fit, held_out)
 
 
 def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop) -> dict[str, Coded]:
@@ -47,16 +48,17 @@ def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: Colu
     targets = _targets(judges, fit)
     grids = {name: _clipped(target, fit.gram, config) for name, target in targets.items()}
     compensated = _rounded(targets, grids, fit.gram, columns)
-    coded = {}
+    coded, learned = {}, config.effort == "max"
     for name, judge in judges.items():
         weight, target, grid = judge.linear.weight, targets[name], grids[name]
-        trials = [Coded.plainly(target, grid), Coded.plainly(weight, full_range(weight, config))]
+        pairs = (target, grid), (weight, full_range(weight, config))
+        trials = [Coded.plainly(*pair, learned) for pair in pairs]
         if name in compensated:
             codes, unrounded = compensated[name]
-            trials.insert(0, Coded(grid, codes, target, unrounded, "compensated"))
-        best = min(trials, key=lambda trial: judge(trial.weight))
+            trials.insert(0, Coded(grid, codes, target, unrounded if learned else None, "compensated"))
+        best = min(trials, key=lambda trial: judge(trial.decode()))
         if config.refit:
-            best = min(_refitted(best, fit.gram), best, key=lambda trial: judge(trial.weight))
+            best = min(_refitted(best, fit.gram), best, key=lambda trial: judge(trial.decode()))
         coded[name] = replace(best, corrected=not torch.equal(best.target, weight))
     return coded
 

@@ -52,8 +52,7 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
-        _publish(stage)
-        _replace(check_output(target, overwrite), stage)
+        publish(stage, target, overwrite)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -95,7 +94,19 @@ def _check_place(path: Path, expected_bytes: int) -> None:
         )
 
 
-def _publish(stage: Path) -> None:
+def unfinished(target: Path) -> Path:
+    """Where a run that can be continued keeps its journal, and what it has written so far."""
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def publish(stage: Path, target: Path, overwrite: bool) -> None:
+    """Put a complete folder in the place of `target`, which may be one to overwrite."""
+    _share(stage)
+    _replace(check_output(target, overwrite), stage)
+    _sweep(target)
+
+
+def _share(stage: Path) -> None:
     """Give every file the permissions of the user's umask; safetensors makes its files private."""
     mode = stage.stat().st_mode & 0o666
     for path in stage.rglob("*"):
@@ -119,7 +130,8 @@ def _replace(target: Path, stage: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove what killed runs left behind: their process, named last, is gone."""
-    for left in target.parent.glob(f".{target.name}.partial-*"):
+    kinds = ("partial", "replaced") if target.exists() else ("partial",)
+    for left in (path for kind in kinds for path in target.parent.glob(f".{target.name}.{kind}-*")):
         process = left.name.rpartition("-")[2]
         if not process.isdigit() or int(process) == os.getpid() or not _runs(int(process)):
             shutil.rmtree(left, ignore_errors=True)

@@ -77,7 +77,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._draft(len(self._shards))
-        with _reported(path):
+        with reported(path):
             path.parent.mkdir(exist_ok=True)
             save_file(self._shard, path, metadata={"format": "pt"})
         self._shards.append(list(self._shard))
@@ -95,16 +95,16 @@ class ShardWriter:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON in the given key order; NaN and infinities become null, unknown objects text."""
     strict = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)
-    with _reported(path):
+    with reported(path):
         path.write_text(json.dumps(strict, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes in a shard size such as "5GB", "200MiB" or a plain number."""
+    """Bytes in a size such as "5GB", "200MiB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(size).strip().upper())
     unit = _UNITS.get(match[2]) if match else None
     if not match or unit is None or float(match[1]) * unit < 1:
-        raise ConfigError(f'shard_size={size!r} is no size: write it as "5GB", "500MB" or a number of bytes.')
+        raise ConfigError(f'{size!r} is no size: write it as "5GB", "500MB" or a number of bytes.')
     return int(float(match[1]) * unit)
 
 
@@ -113,7 +113,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def reported(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -19,10 +19,21 @@ from awq.config import QuantConfig
 from awq.errors import CheckpointError, ConfigError
 from awq.packing import Outliers, PackedInt4, StoredShape, stored_shape
 
-__all__ = ["NamedLinear", "Written", "check_output", "finished_recipe", "quantization_config", "write_checkpoint"]
+__all__ = [
+    "NamedLinear",
+    "Written",
+    "check_output",
+    "check_settings",
+    "finished_recipe",
+    "linear_tensors",
+    "quantization_config",
+    "warnings_of",
+    "write_checkpoint",
+]
 
 # name, weight, bias [out_features] or None, fp16 channels or None
 NamedLinear = tuple[str, PackedInt4, Tensor | None, Outliers | None]
+Tensors = dict[str, Tensor]
 _SYMMETRIC_ZEROS = -0x77777778  # 0x88888888 as int32: eight zero points of 8
 
 
@@ -61,7 +72,7 @@ def write_checkpoint(
     At most one shard is in memory. The folder appears complete or not at all, and its bytes depend on the
     arguments alone. ConfigError, CheckpointError, OutputExistsError or AwqError as the sentence says.
     """
-    _check_settings(quant, verify)
+    check_settings(quant, verify)
     shard_bytes = parse_size(shard_size)
     target = check_output(folder, overwrite, expected_bytes)
     with staged(target, overwrite) as stage:
@@ -79,7 +90,12 @@ def write_checkpoint(
         if verify != "none":
             open_checkpoint(stage)
         size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
-    return Written(target, size, (*_clashes(quant, shapes), *serving_warnings(shapes, quant)))
+    return Written(target, size, warnings_of(shapes, quant))
+
+
+def warnings_of(shapes: dict[str, StoredShape], quant: QuantConfig) -> tuple[str, ...]:
+    """Sentences about what other engines cannot do with these linears."""
+    return (*_clashes(quant, shapes), *serving_warnings(shapes, quant))
 
 
 def quantization_config(quant: QuantConfig) -> dict[str, Any]:
@@ -94,7 +110,8 @@ def quantization_config(quant: QuantConfig) -> dict[str, Any]:
     }
 
 
-def _check_settings(quant: QuantConfig, verify: str) -> None:
+def check_settings(quant: QuantConfig, verify: str) -> None:
+    """ConfigError for what cannot be stored, and for an unknown way to verify."""
     if quant.bits != 4:
         raise ConfigError(f"bits={quant.bits} cannot be stored: the AWQ layout holds 4 bits; evaluate it in memory.")
     if quant.group_size is None:
@@ -103,20 +120,30 @@ def _check_settings(quant: QuantConfig, verify: str) -> None:
         raise ConfigError(f"verify={verify!r} is unknown: use one of {', '.join(READ_BACK)}.")
 
 
-def _add_linear(linear: NamedLinear, quant: QuantConfig, weights: ShardWriter, outliers: ShardWriter) -> StoredShape:
+def linear_tensors(linear: NamedLinear, quant: QuantConfig) -> tuple[StoredShape, Tensors, Tensors]:
+    """What is stored of a linear beside the shape: its own tensors, and those of its fp16 channels, by full name.
+
+    CheckpointError for what no reader could use.
+    """
     name, packed, bias, kept = linear
     shape = _check_packed(name, packed, quant)
-    weights.add(f"{name}.qweight", packed.qweight)
-    weights.add(f"{name}.qzeros", packed.qzeros)
-    weights.add(f"{name}.scales", packed.scales)
+    tensors = {f"{name}.{part}": getattr(packed, part) for part in ("qweight", "qzeros", "scales")}
     if bias is not None:
-        weights.add(f"{name}.bias", _finite(f"{name}.bias", bias.to(torch.float16), (shape.out_features,)))
-    if kept is not None and len(kept.index):
-        size = (len(kept.index), shape.out_features)
-        if not index_fits(kept.index, shape.in_features):
-            raise CheckpointError(f"{name} keeps channels that do not ascend within 0..{shape.in_features - 1}.")
-        outliers.add(f"{name}.idx", kept.index.to(torch.int32))
-        outliers.add(f"{name}.residual", _finite(f"{name}.residual", kept.residual.to(torch.float16), size))
+        tensors[f"{name}.bias"] = _finite(f"{name}.bias", bias.to(torch.float16), (shape.out_features,))
+    if kept is None or not len(kept.index):
+        return shape, tensors, {}
+    size = (len(kept.index), shape.out_features)
+    if not index_fits(kept.index, shape.in_features):
+        raise CheckpointError(f"{name} keeps channels that do not ascend within 0..{shape.in_features - 1}.")
+    residual = _finite(f"{name}.residual", kept.residual.to(torch.float16), size)
+    return shape, tensors, {f"{name}.idx": kept.index.to(torch.int32), f"{name}.residual": residual}
+
+
+def _add_linear(linear: NamedLinear, quant: QuantConfig, weights: ShardWriter, outliers: ShardWriter) -> StoredShape:
+    shape, tensors, kept = linear_tensors(linear, quant)
+    for writer, part in ((weights, tensors), (outliers, kept)):
+        for name, tensor in part.items():
+            writer.add(name, tensor)
     return shape
 
 

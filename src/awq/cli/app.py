@@ -53,8 +53,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            _say_once("interrupted.")
+        except KeyboardInterrupt as interrupt:
+            _say_once(" ".join(["interrupted.", *map(str, interrupt.args)]))
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -77,10 +77,19 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    verify: Annotated[Verify, typer.Option(help="Read back after writing: one linear, all or none.")] = Verify.QUICK,
+    verify: Annotated[Verify, typer.Option(help="Read back after writing: one block, all or none.")] = Verify.QUICK,
+    shard_size: Annotated[str, typer.Option(help="The most that one file of weights holds.")] = "5GB",
+    gpu_memory: Annotated[
+        str | None, typer.Option(help='GPU memory to use, such as "8GiB".', show_default="most of what is free")
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory to use; the rest waits in files.", show_default="most of what is free"),
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Load all of the model, not block by block.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Quantize a model to 4 bits and write a checkpoint."""
+    """Quantize a model to 4 bits and write a checkpoint; after an interruption, the same command goes on."""
     config = QuantConfig(
         bits=bits,
         group_size=group_size,
@@ -109,6 +118,10 @@ def quantize(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         verify=verify.value,
+        shard_size=shard_size,
+        gpu_memory=gpu_memory,
+        host_memory=host_memory,
+        whole=whole,
     )
     if is_first_process():
         _show(finished, as_json)
@@ -127,8 +140,12 @@ def _show(finished: Finished, as_json: bool) -> None:
                 "warnings": finished.warnings,
                 "recipe": finished.report["recipe"],
                 "summary": summary,
+                "seconds": finished.seconds,
+                "memory_bytes": finished.memory,
             }
         )
         return
     title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
-    print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary})
+    took: dict[str, object] = {f"seconds to {stage}": seconds for stage, seconds in finished.seconds.items()}
+    took |= {f"{place} memory": format_bytes(size) for place, size in finished.memory.items()}
+    print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary, **took})
