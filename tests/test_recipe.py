@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -167,10 +168,10 @@ def test_a_model_quantized_in_part_is_refused() -> None:
         quantize_model(model, CONFIG, TEXT, device="cpu", progress=False)
 
 
-def test_a_model_spread_over_devices_is_refused() -> None:
+def test_a_model_on_the_disk_in_part_is_refused() -> None:
     model = tiny_llama()
-    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
-    with pytest.raises(ConfigError, match="spread over 0, cpu"):
+    model.hf_device_map = {"model": "disk", "lm_head": "cpu"}
+    with pytest.raises(ConfigError, match="on the disk in part: quantize its folder instead"):
         quantize_model(model, CONFIG, TEXT, device="cpu", progress=False)
 
 
@@ -226,3 +227,16 @@ def test_a_block_that_is_run_again_and_again_is_quantized_once(effort: str) -> N
     report = quantize_model(model, QuantConfig(group_size=32, effort=effort), TEXT, device="cpu", progress=False)
     assert len(report["linears"]) == 7
     assert 0 < distance(model, original) < 0.3
+
+
+def test_a_model_that_is_dispatched_over_devices_is_quantized_and_still_runs() -> None:
+    """One device under two names: each block has hooks that move its inputs, which would not find it elsewhere."""
+    model, alone = tiny_llama(), tiny_llama()
+    names = ("model.embed_tokens", "model.rotary_emb", "model.layers.1", "model.norm", "lm_head")
+    places: dict[str, Any] = {**dict.fromkeys(names, "cpu"), "model.layers.0": torch.device("cpu")}
+    model = dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    assert model.hf_device_map == places
+    report = quantize_model(model, CONFIG, TEXT, device="cpu", progress=False)
+    assert report["linears"] == quantize_model(alone, CONFIG, TEXT, device="cpu", progress=False)["linears"]
+    assert torch.equal(logits(model), logits(alone))
+    assert hasattr(model.model.layers[0], "_hf_hook")

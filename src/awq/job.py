@@ -133,7 +133,7 @@ def _solve(
     blocks, shown = len(loop.blocks), progress and run is not None
     with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add if run else _ignore) as add:
         for index, entry in enumerate(begun):
-            loop.replay(index, entry["left"], run.parameters(index) if run else None)
+            loop.replay(index, entry["left"], run.parameters(index, job.device) if run else None)
             bar.advance(note=f"{entry['block']}, done before")
         if begun and loop.checksum() != begun[-1]["checksum"]:
             warnings.warn(

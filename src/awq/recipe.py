@@ -36,7 +36,7 @@ from awq.processes import agree, in_company
 from awq.progress import track
 from awq.run import Target
 from awq.save import extras_of, save_quantized
-from awq.source import check_finite, find_source, pick_device, replace_module, skeleton
+from awq.source import check_finite, find_source, pick_device, replace_module, skeleton, undispatched
 from awq.stages import Stages
 
 __all__ = ["Finished", "check_length", "check_model", "quantize_folder", "quantize_model", "save_quantized"]
@@ -87,7 +87,8 @@ def quantize_model(
     recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
     agree("the recipe", recipe)
     solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
-    with track("Quantizing", blocks, enabled=progress and here().rank == 0) as bar:
+    shown = progress and here().rank == 0
+    with track("Quantizing", blocks, enabled=shown) as bar, undispatched(model, planned.blocks):
         for block, results in solve:
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
@@ -111,11 +112,8 @@ def check_model(model: Any, config: QuantConfig, name: str) -> Plan:
     """The plan for a model whose weights are there; ConfigError or CheckpointError where they cannot be quantized."""
     if any(isinstance(module, QuantLinear) for module in model.modules()):
         raise ConfigError(f"{name} is quantized already, at least in part: load its float original again.")
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        raise ConfigError(
-            f"{name} is spread over {', '.join(sorted(places))}: load it on one device; blocks visit the GPU in turn."
-        )
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise ConfigError(f"{name} is on the disk in part: quantize its folder instead, which is read block by block.")
     split_experts(model)
     planned = make_plan(model, config)
     check_finite(model, name)

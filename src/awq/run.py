@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -111,14 +112,14 @@ class Run:
             }
         )
 
-    def parameters(self, index: int) -> dict[str, Tensor]:
-        """What `BlockLoop.solved` left of a block that is done, by name in it."""
+    def parameters(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """What `BlockLoop.solved` left of a block that is done, by name in it, the linears on `device`."""
         block, load = self.done[index]["block"], self.slots.load
         state: dict[str, Tensor] = {}
         for name in self.done[index]["linears"]:
             stored = self.stored.linears[name]
             packed = PackedInt4(*(load(f"{stored}.{part}") for part in ("qweight", "qzeros", "scales")))
-            state[f"{name}.weight"] = packed.dequantize()
+            state[f"{name}.weight"] = packed.to(device).dequantize()
             if f"{stored}.bias" in self.stored.outlines:
                 state[f"{name}.bias"] = load(f"{stored}.bias")
         names = (name for name in self.stored.floats if name.startswith(f"{block}."))

@@ -13,6 +13,7 @@ from typing import Any
 import accelerate
 import huggingface_hub
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import (
@@ -193,6 +194,20 @@ def check_finite(model: nn.Module, name: str, prefix: str = "") -> None:
 def drop_quantization(config: PretrainedConfig) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+@contextmanager
+def undispatched(model: Any, blocks: str) -> Iterator[None]:
+    """The blocks of a model that is spread over devices without what moves their inputs; it is spread anew behind it.
+
+    They are moved to where they are worked on, and back.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        yield
+        return
+    remove_hook_from_submodules(model.get_submodule(blocks))
+    yield
+    accelerate.dispatch_model(model, model.hf_device_map, force_hooks=True)
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -14,7 +14,7 @@ from awq.algorithm.affine import fit_affine
 from awq.calibration import evaluation_text
 from awq.cli.demo import find_embedded_model
 from awq.errors import MissingDependencyError
-from awq.kernels.cuda import backend, op
+from awq.kernels.cuda import backend, gemm, gemv, op
 from awq.kernels.cuda.layout import GROUPS, to_units, units_to_dense
 from awq.packing import Outliers, PackedInt4, pack
 from awq.source import find_source
@@ -44,6 +44,7 @@ SHAPES = [
     (640, 11008, 32),
     (304, 28672, 64),
     (12296, 512, 128),
+    (40008, 224, 32),
 ]
 
 
@@ -95,6 +96,36 @@ def test_against_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) 
             ]
             worst = torch.stack(errors).nan_to_num(nan=9.0)
             assert worst.max() <= LIMIT[dtype], f"{version} of {ROWS[int(worst.argmax())]} rows, {zero_point=}, {kept=}"
+
+
+@pytest.mark.parametrize(
+    ("version", "shape", "rows", "kept"),
+    [
+        ("GEMV", (1536, 4864, -1), 7, 21),
+        ("GEMV", (1536, 4864, -1), 7, 0),
+        ("GEMV", (4096, 11008, 128), 6, 110),
+        ("GEMV", (4096, 4096, 128), 1, 41),
+        ("GEMV", (4096, 4096, 64), 4, 41),
+        ("GEMM", (4096, 4096, 128), 8, 41),
+        ("GEMM", (4096, 11008, 32), 16, 110),
+        ("GEMM", (4096, 4096, 128), 40, 41),
+    ],
+)
+def test_the_same_bits_back_to_back(version: str, shape: tuple[int, int, int], rows: int, kept: int) -> None:
+    """Launches that overlap, two blocks of them on a multiprocessor: rings are refilled while others are still read."""
+    packed = packed_on_gpu(shape, True)
+    units = to_units(packed, random_outliers(packed, kept).to(GPU) if kept else None, GPU)
+    x = torch.randn(rows, shape[1], device=GPU).half()
+    alone = launch(version, x, units)
+    outputs, graph = torch.empty(48, rows, shape[0], dtype=x.dtype, device=GPU), torch.cuda.CUDAGraph()
+    multiply = gemm.gemm if version == "GEMM" else gemv.gemv
+    with torch.cuda.graph(graph):
+        for y in outputs:
+            multiply(x, units, None, y)
+    for _ in range(50):
+        outputs.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(outputs, alone.expand_as(outputs))
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256, -1])

@@ -52,7 +52,7 @@ def test_a_graph_learns_what_eager_steps_learn(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(learn_module, "CODE_RATE", 1e-3)
     monkeypatch.setattr(learn_module.Graphed, "_captured", spy)
     _, graphed = quantized("max")
-    assert captured == [True] * 4  # in each of two blocks, the gradient of a chunk and the step
+    assert captured and all(captured)
     monkeypatch.setattr(learn_module.Graphed, "_captured", lambda _self: None)
     _, eager = quantized("max")
     assert {result.report["rounding"] for result in eager.values()} == {"learned"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -116,7 +116,7 @@ def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
 def _entered(
     model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device, weights: Weights
 ) -> list[Chunk]:
-    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8], weights) if parts else 0
+    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8], device, weights) if parts else 0
     chunks = [_enter(model, blocks, part, outputs, device) for _, part in parts]
     for chunk, (number, _) in zip(chunks, parts, strict=True):
         chunk.number = number
@@ -152,23 +152,22 @@ def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
     return index
 
 
-def _count_outputs(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, weights: Weights) -> int:
+def _count_outputs(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights
+) -> int:
     """How many values a block returns, 0 for a bare tensor."""
     seen: list[int] = []
     numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
+    forwards = {block: block.forward for block in numbers}
 
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = _moved(args, device, {}), _moved(kwargs, device, {})
+        with weights.block(numbers[block]), lifted(block, device):
+            output = forwards[block](*args, **kwargs)
         seen.append(len(output) if isinstance(output, tuple | list) else 0)
         raise Stop
 
-    with ExitStack() as held, ExitStack() as hooks:
-
-        def hold(block: nn.Module, _args: Any) -> None:
-            held.enter_context(weights.block(numbers[block]))
-
-        for block in numbers:
-            hooks.callback(block.register_forward_pre_hook(hold).remove)
-            hooks.callback(block.register_forward_hook(look).remove)
+    with _replaced_forward(list(numbers), run):
         _forward(model, tokens)
     return seen[0]
 

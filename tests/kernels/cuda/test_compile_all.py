@@ -51,6 +51,7 @@ def compiles(source: Path, arch: str, defines: dict[str, int]) -> None:
     compiled = jit.compile_source(source, arch, defines, verbose=True)
     assert compiled.cubin.startswith(b"\x7fELF")
     assert "warning" not in compiled.log
+    assert "serialized" not in compiled.log  # wgmma one by one: 8 % of 128 rows and more
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill stores", compiled.log)]
     assert spilled and max(spilled) <= MOST_SPILLED
 

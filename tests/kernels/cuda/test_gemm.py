@@ -141,7 +141,13 @@ def test_every_field_is_where_the_kernel_reads_it(machine: Machine, rows: int, k
     for name, tensor in (pointers | {"x_values": x, "y": y, "bias": bias}).items():
         assert value(launch, name) == at(tensor), name
     numbers = {"x_stride": 560, "rows": rows, "in_features": 544, "out_features": 264}
-    numbers |= {"token_tiles": p.token_tiles, "row_blocks": p.row_blocks, "workers": p.workers, "steps": p.steps}
+    numbers |= {
+        "token_tiles": p.token_tiles,
+        "row_blocks": p.row_blocks,
+        "workers": p.workers,
+        "steps": p.steps,
+        "walk": p.walk,
+    }
     numbers |= {"whole_tiles": p.whole, "share": p.share, "longer": p.longer}
     numbers |= {"kept_steps": shape.kept_steps, "kept_room": p.kept_room}
     assert {name: value(launch, name) for name in numbers} == numbers

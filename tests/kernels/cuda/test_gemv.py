@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -101,3 +102,16 @@ def test_no_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "kernel", lambda *arguments: pytest.fail("compiled"))
     with pytest.raises(ValueError, match="8 rows of 28672 channels do not fit"):
         gemv._launcher(0, Shape(28672, 4096, 128, 0, False), 8, True)
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_no_slot_comes_round_twice_between_two_tiles_of_a_warp(arch: str) -> None:
+    kib, sms = GPUS[arch]
+    for units in range(1, 40):
+        for rows in (1, 8):
+            shape = Shape(256 * units, 200_000, 128, 1, bf16=False)
+            found = plan(shape, rows, sms, 1024 * kib, has_ring(arch))
+            if found is None:
+                continue
+            tiles = [unit // units for unit in range(0, 50 * units, found.warps)]
+            assert max(after - tile for tile, after in itertools.pairwise(tiles)) <= found.slots <= 16

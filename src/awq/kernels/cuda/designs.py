@@ -89,6 +89,10 @@ class Design:
         room = min(steps, (free // self.tokens - 16) // 32)
         return room if room == steps or room < 4 else room // 4 * 4  # whole stages
 
+    def kept_each(self, room: int) -> int:
+        """k16 steps of kept channels in one step of the walk."""
+        return min(4, room) if self.mma else 4
+
     def kept_bytes(self, room: int) -> int:
         return self.tokens * (32 * room + 16) if room else 0
 

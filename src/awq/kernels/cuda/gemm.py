@@ -25,7 +25,7 @@ _X, _OUT, _GATHERED, _WEIGHT = range(0, 512, 128)
 _MAPS_BYTES, _MAP = 256, 128
 _POINTERS = struct.Struct("<4Q")
 _CHANGING, _CHANGING_AT = struct.Struct("<5Qi"), _WEIGHT + _MAPS_BYTES + _POINTERS.size
-_FIXED, _FIXED_AT = struct.Struct("<12i"), _CHANGING_AT + _CHANGING.size
+_FIXED, _FIXED_AT = struct.Struct("<13i"), _CHANGING_AT + _CHANGING.size
 _PARAMS_BYTES = 768
 _GATHER = struct.Struct("<3Q3i4x")
 # So much shared memory that a block has a multiprocessor to itself: as those become free one by one, all blocks could
@@ -112,10 +112,11 @@ def _launch(device: int, sizes: tuple[int, int, int, int, bool], rows: int, prog
         if workers < sms // design.cluster:
             chosen = share_out(design, chosen.reason, rows, shape, shared_limit(arch), max(1, workers))
     launcher = kernel.launcher(chosen.blocks, design.threads, chosen.shared, _PARAMS_BYTES, pdl)
-    fixed = (chosen.token_tiles, chosen.row_blocks, chosen.workers, chosen.steps, chosen.whole, chosen.share)
+    fixed = (chosen.token_tiles, chosen.row_blocks, chosen.workers, chosen.steps, chosen.walk)
+    shares = (chosen.whole, chosen.share, chosen.longer)
     kept = (shape.kept_steps, chosen.kept_room)
     whole = (rows, shape.in_features, shape.out_features)
-    _FIXED.pack_into(launcher.params, _FIXED_AT, *whole, *fixed, chosen.longer, *kept)
+    _FIXED.pack_into(launcher.params, _FIXED_AT, *whole, *fixed, *shares, *kept)
     gather = None
     if shape.kept_steps and not design.mma:
         blocks = min(sms // 2, -(-rows * shape.kept_steps * STEP // _GATHERED_EACH))

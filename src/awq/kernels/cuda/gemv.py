@@ -23,8 +23,9 @@ SOURCE = SOURCES / "gemv.cu"
 _PARAMS = struct.Struct("<7Qq11i")
 _CHANGING = struct.Struct("<7Qq")
 _SIZES = struct.Struct("<11i")
-_MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 24
-_BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS + 2)
+_SLOTS, _MAX_SLOTS, _MAX_STAGES, _MAX_CHUNKS = 4, 16, 16, 24
+_KEPT_AHEAD = (8, 4, 2, 1)
+_BARRIERS = 8 * (2 * (_MAX_STAGES + _MAX_SLOTS) + _MAX_CHUNKS + max(_KEPT_AHEAD))
 _RESERVED = 1024  # bytes of shared memory that a block takes beside its own
 # A block that reads no more than so many units shares its multiprocessor with the next kernel's, which then has all its
 # weights when x arrives: 4096 x 4096 in 3.1 us instead of 3.7. Larger ones need the whole memory for their ring.
@@ -89,26 +90,28 @@ def max_rows(shape: Shape, device: int) -> int:
 def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool) -> Plan | None:
     """The plan for `rows` rows on `sms` multiprocessors with `available` bytes of shared memory each; None: no room."""
     if not ring:
-        shared = _shared(shape, rows, 8, 0, _MAX_SLOTS)
-        return Plan(8, 0, 0, _MAX_SLOTS, shared) if shared <= available else None
+        slots = max(_SLOTS, _between(shape, 8))
+        shared = _shared(shape, rows, 8, 0, slots, 0)
+        return Plan(8, 0, 0, slots, shared) if shared <= available else None
     tiles, one = _busiest(shape, sms), rows == 1
     if tiles * shape.units <= _FEW_UNITS and not (one and shape.units > 16):  # 2048 x 8192: 4.0 us instead of 5.2
         stages, in_flight = (range(5, 3, -1), 3) if one else (range(5, 1, -1), 2)
-        if chosen := _fit(shape, rows, 8, stages, in_flight, available // 2 - _RESERVED):
+        if chosen := _fit(shape, rows, sms, 8, stages, in_flight, available // 2 - _RESERVED):
             return chosen
-    chosen = None if one else _fit(shape, rows, 16, range(4, 1, -1), 2, min(available, _KIND_TO_L1))
+    chosen = None if one else _fit(shape, rows, sms, 16, range(4, 1, -1), 2, min(available, _KIND_TO_L1))
     if one and shape.units <= 16 and tiles > 8:  # 22016 x 4096: 11.2 us instead of 11.3
-        chosen = _fit(shape, rows, 16, range(6, 5, -1), 3, available)
-    chosen = chosen or _fit(shape, rows, 16, range(5 if shape.units <= 32 else 4, 1, -1), 2, available)
+        chosen = _fit(shape, rows, sms, 16, range(6, 5, -1), 3, available)
+    chosen = chosen or _fit(shape, rows, sms, 16, range(5 if shape.units <= 32 else 4, 1, -1), 2, available)
     # More than half, so that one block runs on each multiprocessor.
     return chosen and chosen._replace(shared=max(chosen.shared, available // 2 + _RESERVED))
 
 
-def _fit(shape: Shape, rows: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
+def _fit(shape: Shape, rows: int, sms: int, warps: int, stages: range, in_flight: int, most: int) -> Plan | None:
     """The first of `stages` that leaves room for x."""
-    fewer_slots = 1 if shape.units > 64 else 2  # tiles of many units are seldom finished
-    for each, slots in itertools.product(stages, (_MAX_SLOTS, fewer_slots)):
-        shared = _shared(shape, rows, warps, each, slots)
+    fewer = 1 if shape.units > 64 else 2  # tiles of many units are seldom finished
+    least = _between(shape, warps)
+    for each, slots in itertools.product(stages, (max(_SLOTS, least), max(fewer, least))):
+        shared = _shared(shape, rows, warps, each, slots, _kept_ahead(shape, sms))
         if shared <= most:
             return Plan(warps, each, min(in_flight, each), slots, shared)
     return None
@@ -143,9 +146,16 @@ def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     launcher = kernel.launcher(grid, threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
     in_features = -(-shape.in_features // 8) * 8
     sizes = (rows, shape.out_features, in_features, *divmod(shape.tiles, grid), shape.units, shape.kept_steps)
-    ahead = _kept_ahead(shape.kept_steps) if ring else 0
+    ahead = _kept_ahead(shape, sms) if ring else 0
     _SIZES.pack_into(launcher.params, _CHANGING.size, *sizes, chosen.stages, chosen.in_flight, chosen.slots, ahead)
     return launcher
+
+
+def _between(shape: Shape, warps: int) -> int:
+    """Tiles from one to which a warp adds to its next, as a power of two: a slot that came round twice in that time
+    would seem to it as it was."""
+    tiles: int = -(-warps // shape.units)
+    return 1 << (tiles - 1).bit_length()
 
 
 def _busiest(shape: Shape, sms: int) -> int:
@@ -153,11 +163,10 @@ def _busiest(shape: Shape, sms: int) -> int:
     return -(-shape.tiles // min(sms, shape.tiles))
 
 
-def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int) -> int:
+def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int, ahead: int) -> int:
     """Bytes of shared memory: `layout_of` of gemv.cu."""
     one = rows == 1
     ring = stages * warps * (UNIT_BYTES + 40 * UNIT_K // shape.group)
-    ahead = _kept_ahead(shape.kept_steps) if stages else 0
     sums = slots * warps * 32 * (8 if one else 16)
     x = 3 * (shape.units * UNIT_K + 64) if one else rows * (shape.units * UNIT_K * 2 + 16)
     table = shape.units * (UNIT_K // shape.group) * 8 if one else 0
@@ -165,9 +174,12 @@ def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int) -> int
     return ring + sums + x + 16 + table + kept + 15 + ahead * shape.kept_steps * 512 + _BARRIERS
 
 
-def _kept_ahead(steps: int) -> int:
-    """Tiles whose kept channels wait in shared memory: of `steps` times 512 bytes each, 16 KB at most."""
-    return next((ahead for ahead in (2, 1) if steps and ahead * steps * 512 <= 2**14), 0)
+def _kept_ahead(shape: Shape, sms: int) -> int:
+    """Tiles whose kept channels wait in shared memory, 16 KB at most: 512 bytes a step. With 2 of a block's 11 tiles,
+    22016 x 4096 took 13.5 us; with 8, 11.5."""
+    steps, tiles = shape.kept_steps, _busiest(shape, sms)
+    fits = (ahead for ahead in _KEPT_AHEAD if steps and ahead * steps * 512 <= 2**14 and ahead < 2 * tiles)
+    return next(fits, 0)
 
 
 def has_ring(arch: str) -> bool:

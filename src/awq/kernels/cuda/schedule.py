@@ -13,7 +13,8 @@ class Plan:
     """A design and how its tiles are shared out.
 
     token_tiles, row_blocks: tiles are their product
-    workers:   blocks, or clusters of blocks, that run; steps: of the k walk of a tile
+    workers:   blocks, or clusters of blocks, that run
+    steps:     of a tile: walk of its k, then those of its kept channels
     whole:     whole tiles of each worker; share: steps of the remaining tiles of each, one more for the first `longer`
     kept_room: k16 steps of kept channels at a time in shared memory
     reason:    why this design, in a clause
@@ -25,6 +26,7 @@ class Plan:
     row_blocks: int
     workers: int
     steps: int
+    walk: int
     whole: int
     share: int
     longer: int
@@ -96,10 +98,11 @@ def share_out(design: Design, reason: str, rows: int, shape: Shape, limit: int, 
     the weight's bytes decide, most of the multiprocessors read as fast as all: 0.7 of one wave is enough.
     """
     token_tiles, row_blocks = -(-rows // design.tokens), -(-shape.out_features // (design.block_rows * design.cluster))
-    tiles, steps = token_tiles * row_blocks, -(-shape.in_features // design.step_k)
+    tiles, walk = token_tiles * row_blocks, -(-shape.in_features // design.step_k)
+    room = design.kept_room(shape.kept_steps, shape.group, limit)
+    steps = walk + (-(-shape.kept_steps // design.kept_each(room)) if shape.kept_steps else 0)
     waves, rest = divmod(tiles, most_workers)
     full = 0.7 if waves == 0 and design.tokens <= 64 else 0.93
-    room = design.kept_room(shape.kept_steps, shape.group, limit)
     shared = design.shared(shape.group) + design.kept_bytes(room)
     if rest == 0 or steps == 1 or tiles > full * most_workers * (waves + 1):
         whole, workers, split = waves + (rest > 0), min(tiles, most_workers), 0
@@ -109,4 +112,4 @@ def share_out(design: Design, reason: str, rows: int, shape: Shape, limit: int, 
         # A part of less than two steps costs more to hand over than to compute.
         workers = most_workers if whole else min(most_workers, max(tiles, split // 2))
     share, longer = divmod(split, workers)
-    return Plan(design, reason, token_tiles, row_blocks, workers, steps, whole, share, longer, room, shared)
+    return Plan(design, reason, token_tiles, row_blocks, workers, steps, walk, whole, share, longer, room, shared)

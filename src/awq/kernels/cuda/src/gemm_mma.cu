@@ -55,7 +55,9 @@ constexpr int OWN_TILES = WARP_TILES / K_WARPS;      // tiles that a warp finish
 // Slices of one body of the loop over them: two where 168 registers hold what the compiler then loads ahead.
 constexpr int UNROLLED_SLICES = TOKENS == 64 || (TOKENS == 32 && GROUP < 128) ? 1 : WARP_SLICES;
 constexpr int GROUP_STEPS = GROUP / 16 < 4 * UNROLLED_SLICES ? GROUP / 16 : 4 * UNROLLED_SLICES;  // k16 steps under one scale
-constexpr int X_AHEAD = TOKENS <= 32 ? 4 : 1;        // k16 steps whose fragments of x are loaded at once
+// Too few registers to hold anything through the k walk beside its sums and scales.
+constexpr bool CROWDED = TOKENS == 64 || (GROUP < 128 && TOKENS * WARP_TILES > 32);
+constexpr int X_AHEAD = CROWDED ? (TOKENS == 64 ? 1 : 2) : 4;  // k16 steps whose fragments of x are loaded at once
 
 constexpr int X_SLICE = TOKENS * 128, X_BYTES = SLICES * X_SLICE, CODE_BYTES = BLOCK_TILES * SLICES * 512;
 constexpr int STAGE_BYTES = X_BYTES + CODE_BYTES, STAGE_AFFINE = BLOCK_TILES * AFFINE_BYTES;
@@ -64,7 +66,7 @@ constexpr int SUMS_AT = AFFINE_AT + STAGES * STAGE_AFFINE;
 constexpr int BARRIERS_AT = SUMS_AT + ROW_WARPS * K_WARPS * (WARP_TILES - OWN_TILES) * SUMS * 128;
 constexpr int KEPT_AT = BARRIERS_AT + 128;
 static_assert(BLOCK_TILES * 4 * KEPT_STEP_BYTES <= STAGE_BYTES, "a stage holds the weights of 64 kept channels");
-static_assert(WARP_TILES % K_WARPS == 0 && SLICES % K_WARPS == 0 && TOKENS % 16 == 0 && STAGES <= 8, "shape");
+static_assert(TOKENS % (2 * CONSUMERS) == 0 && WARP_TILES % K_WARPS == 0 && SLICES % K_WARPS == 0 && TOKENS % 16 == 0 && STAGES <= 8, "shape");
 #ifdef SHARED_BYTES
 static_assert(KEPT_AT == SHARED_BYTES, "designs.py computes another size");
 #endif
@@ -211,7 +213,7 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
 #if COPY == 1
     Pieces<PRODUCERS * 32> pieces(p, threadIdx.x - CONSUMER_THREADS, at.row_block, at.token_tile);
 #endif
-    for (int step = s.first; step < s.last; step++) {
+    for (int step = s.first; step < min(s.last, p.walk); step++) {
       barrier_wait(ring.empty(), ring.parity);
 #if COPY == 2
       if (threadIdx.x % 32 == 0) {
@@ -239,8 +241,8 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
       waited = true;
       ring.advance();
     }
-    if (!schedule.owns(s)) continue;
-    for (int first = 0; first < p.kept_steps; first += kept_each(p)) {
+    for (int step = max(s.first, p.walk); step < s.last; step++) {
+      const int first = (step - p.walk) * kept_each(p);
       barrier_wait(ring.empty(), ring.parity);
 #if COPY == 2
       if (threadIdx.x % 32 == 0)
@@ -266,21 +268,25 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared) {
 
 // ---------------------------------------------------------------------------------------------------------- products
 
-// A warp's part of one stage, added to acc. slice: of the stage's first 64 k within their unit.
-DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 affine, int slice, int k_warp) {
+// A warp's part of one stage, added to acc. slice: of the stage's first 64 k within their unit. A word of each of the last
+// loads of shared memory, for `release`.
+DEVICE u32 multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32 affine, int slice, int k_warp) {
   const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7;
   float group_sums[WARP_TILES][SUMS];
   float (&sums)[WARP_TILES][SUMS] = SCALE_SUMS ? group_sums : acc;
   Zeros zeros[WARP_TILES];
   Scales scales[WARP_TILES];
   float sum_scale[WARP_TILES][2];
-  u32 b[X_AHEAD][N8][2];
+  u32 b[X_AHEAD][N8][2], loaded = 0;
 #pragma unroll (UNROLLED_SLICES)
   for (int jj = 0; jj < WARP_SLICES; jj++) {
     const int j = k_warp * WARP_SLICES + jj;
     uint4 q[WARP_TILES];
 #pragma unroll
-    for (int m = 0; m < WARP_TILES; m++) q[m] = load_shared16(codes + (m * SLICES + j) * 512 + lane * 16);
+    for (int m = 0; m < WARP_TILES; m++) {
+      q[m] = load_shared16(codes + (m * SLICES + j) * 512 + lane * 16);
+      loaded = m ? loaded ^ q[m].x : q[m].x;
+    }
 #pragma unroll
     for (int s = 0; s < 4; s++) {
       if ((jj % UNROLLED_SLICES * 4 + s) % GROUP_STEPS == 0) {
@@ -303,16 +309,18 @@ DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32
 #pragma unroll
         for (int a = 0; a < X_AHEAD; a++)
 #pragma unroll
-          for (int n = 0; n < N8; n += 2)
+          for (int n = 0; n < N8; n += 2) {
             load_matrices(b[a][n], b[a][n + 1],
                           x + j * X_SLICE + (n * 8 + (matrix >> 1) * 8 + row) * 128
                               + ((((s + a) * 2 + (matrix & 1)) ^ row) << 4));
+            loaded ^= b[a][n][0];
+          }
       }
       u32 a[WARP_TILES][4];
 #pragma unroll
       for (int m = 0; m < WARP_TILES; m++) {
         differences(a[m], q[m], s, zeros[m]);
-        if (!SCALE_SUMS) scale_fragment(a[m], scales[m]);
+        if (!SCALE_SUMS) scale_fragment<true>(a[m], scales[m]);
       }
 #pragma unroll
       for (int n = 0; n < N8; n++)
@@ -329,58 +337,99 @@ DEVICE void multiply_stage(float (&acc)[WARP_TILES][SUMS], u32 x, u32 codes, u32
       }
     }
   }
+#pragma unroll
+  for (int m = 0; m < WARP_TILES; m++) loaded ^= SCALE_SUMS ? __float_as_uint(sum_scale[m][0]) : 0;
+  return loaded;
 }
+
+#if COPY != 0
+// Sums in which all that a warp loaded is.
+DEVICE u32 sums_of(const float (&acc)[WARP_TILES][SUMS]) {
+  u32 all = 0;
+#pragma unroll
+  for (int i = 0; i < WARP_TILES * N8; i++) all ^= __float_as_uint(acc[i / N8][i % N8 * 4]);
+  return all;
+}
+// A consumer warp is done with a stage, once what it loaded has arrived.
+DEVICE void release(u32 empty, u32 loaded) {
+  if (COPY == 2) have_arrived(empty, loaded);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+}
+#endif
 
 // Whether x at the kept channels is gathered once, for all tiles.
 DEVICE bool kept_once(const Params& p) { return p.token_tiles == 1 && p.kept_steps == p.kept_room; }
 
-// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together. Several elements
-// of a thread at a time: one after the other each waited for its channel's number and then for x.
+// x at the kept channels of k16 steps [first, first + steps), for one token tile; all consumers together, a warp a token.
+// Several elements of a lane at a time: one after the other each waited for its channel's number and then for x.
 struct Gather {
-  static constexpr int TOGETHER = 4;
+  static constexpr int CHANNELS = 4, TOGETHER = 2, PARTS = TOKENS / CONSUMERS / TOGETHER;  // of a lane; tokens of a warp
   const Params& p;
-  const int first, steps;
-  int channels[TOGETHER];
+  const int first, width, token0, lane, warp;
+  int channels[CHANNELS];
+  u16 v[TOGETHER][CHANNELS];
 
-  DEVICE Gather(const Params& p, int first, int steps) : p(p), first(first), steps(steps) { load_channels(threadIdx.x); }
-  DEVICE int all() const { return TOKENS * steps * 16; }
+  DEVICE Gather(const Params& p, int first, int steps, int token_tile)
+      : p(p), first(first), width(steps * 16), token0(token_tile * TOKENS), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {
+    load_channels(0);
+  }
   DEVICE void load_channels(int from) {
 #pragma unroll
-    for (int j = 0; j < TOGETHER; j++) {
-      int i = from + j * CONSUMER_THREADS;
-      channels[j] = i < all() ? __ldg(p.kept_index + first * 16 + i % (steps * 16)) : -1;
+    for (int j = 0; j < CHANNELS; j++) {
+      int i = from + 32 * j + lane;
+      channels[j] = i < width ? __ldg(p.kept_index + first * 16 + i) : -1;
     }
   }
-  DEVICE void run(u32 to, int token_tile) {
-    for (int from = threadIdx.x; from < all(); from += TOGETHER * CONSUMER_THREADS) {
-      if (from >= CONSUMER_THREADS) load_channels(from);
-      u16 v[TOGETHER];
+  DEVICE int token(int part, int t) const { return (part * TOGETHER + t) * CONSUMERS + warp; }
+  DEVICE void load(int part) {
 #pragma unroll
-      for (int j = 0; j < TOGETHER; j++) {
-        int row = token_tile * TOKENS + (from + j * CONSUMER_THREADS) / (steps * 16);
-        v[j] = channels[j] < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channels[j]);
+    for (int t = 0; t < TOGETHER; t++) {
+      int row = token0 + token(part, t);
+#pragma unroll
+      for (int j = 0; j < CHANNELS; j++)
+        v[t][j] = channels[j] < 0 || row >= p.rows ? (u16)0 : load_fresh2(p.x_values + (u64)row * p.x_stride + channels[j]);
+    }
+  }
+  DEVICE void store(u32 to, int from, int part) const {
+#pragma unroll
+    for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+      for (int j = 0; j < CHANNELS; j++) {
+        int i = from + 32 * j + lane;
+        if (i < width)
+          asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + token(part, t) * (p.kept_room * 32 + 16) + i * 2), "h"(v[t][j]) : "memory");
       }
-#pragma unroll
-      for (int j = 0; j < TOGETHER; j++) {
-        int i = from + j * CONSUMER_THREADS, t = i / (steps * 16);
-        if (i < all())
-          asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + t * (p.kept_room * 32 + 16) + (i - t * steps * 16) * 2), "h"(v[j]) : "memory");
+  }
+  // Behind load(0): all of it.
+  DEVICE void finish(u32 to) {
+#pragma unroll 1
+    for (int from = 0; from < width; from += 32 * CHANNELS) {
+      if (from) load_channels(from);
+#pragma unroll 1
+      for (int part = 0; part < PARTS; part++) {
+        if (from || part) load(part);
+        store(to, from, part);
       }
     }
     named_barrier(1, CONSUMER_THREADS);
   }
 };
 
-// The kept channels' part of a tile, after its k walk; the k warps share its k16 steps. tile: of the warp's first 16 rows;
+// The kept channels' steps of a segment; the k warps share their k16 steps. tile: of the warp's first 16 rows;
 // first_tile: the same within the block.
-DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring, u32 kept_x, int token_tile, int tile,
-                     int first_tile, int k_warp) {
+DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring, const Segment& segment, u32 kept_x,
+                     int token_tile, int tile, int first_tile, int k_warp) {
   const int lane = threadIdx.x % 32, matrix = lane >> 3, row = lane & 7, room = p.kept_room, each = kept_each(p);
   const u32 stride = room * 32 + 16, x = kept_x + ((matrix >> 1) * 8 + row) * stride + (matrix & 1) * 16;
-  for (int first = 0; first < p.kept_steps; first += each) {
-    if (!kept_once(p) && first % room == 0) {
+  const int start = max(segment.first, p.walk);
+  for (int step = start; step < segment.last; step++) {
+    const int first = (step - p.walk) * each, within = first % room;
+    if (!kept_once(p) && (step == start || within == 0)) {
       named_barrier(1, CONSUMER_THREADS);  // all are done with what lies there
-      Gather(p, first, min(room, p.kept_steps - first)).run(kept_x, token_tile);
+      Gather some(p, first - within, min(room, p.kept_steps - first + within), token_tile);
+      some.load(0);
+      some.finish(kept_x);
     }
 #if COPY != 0
     barrier_wait(ring.full(), ring.parity);
@@ -401,7 +450,7 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring
 #pragma unroll
       for (int n = 0; n < N8; n += 2) {
         u32 b[2][2];
-        load_matrices(b[0], b[1], x + n * 8 * stride + (first % room + s) * 32);
+        load_matrices(b[0], b[1], x + n * 8 * stride + (within + s) * 32);
 #pragma unroll
         for (int i = 0; i < 2 * WARP_TILES; i++) {
           const uint4& w = a[i / 2];
@@ -412,8 +461,7 @@ DEVICE void add_kept(float (&acc)[WARP_TILES][SUMS], const Params& p, Ring& ring
       }
     }
 #if COPY != 0
-    __syncwarp();
-    if (lane == 0) barrier_arrive(ring.empty());
+    release(ring.empty(), sums_of(acc));
     ring.advance();
 #endif
   }
@@ -478,14 +526,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
 #if COPY != 0
   if (warp >= CONSUMERS) return produce(p, schedule, shared);
 #endif
-  Gather kept(p, 0, p.kept_steps && kept_once(p) ? p.kept_steps : 0);
+  Gather kept(p, 0, p.kept_steps && kept_once(p) ? p.kept_steps : 0, 0);
   wait_for_earlier_kernels();
 
   const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS, first_tile = row_warp * WARP_TILES;
   const u32 codes_at = X_BYTES + first_tile * SLICES * 512, affine_at = first_tile * AFFINE_BYTES;
   Ring ring(shared, 0);
   Segment s;
-  if (kept.steps) kept.run(shared + KEPT_AT, 0);
+  bool gathering = kept.width > 0;  // on its way during the k walk, where it is all that a warp loads at a time
+  if (gathering) kept.load(0);
+  if ((CROWDED || Gather::PARTS > 1) && gathering) {
+    kept.finish(shared + KEPT_AT);
+    gathering = false;
+  }
   while (schedule.next(s)) {
     const Place at(p, s.tile);
     float acc[WARP_TILES][SUMS];
@@ -495,30 +548,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_mma(const __grid_c
     Held held;
     Held::From pieces(p, threadIdx.x, at.row_block, at.token_tile);
     pieces.go_to(s.first, ring.data(), ring.affine());
-    held.load(pieces);
+    if (s.first < p.walk) held.load(pieces);
 #endif
 #pragma unroll 1
-    for (int step = s.first; step < s.last; step++) {
+    for (int step = s.first; step < s.last && step < p.walk; step++) {  // not their minimum: a register less
 #if COPY == 0
       // One barrier a step: a stage is written again only after the barrier of the step between.
       pieces.go_to(step, ring.data(), ring.affine());
       held.store(pieces);
       __syncthreads();
       pieces.go_to(step + 1, ring.data(), ring.affine());
-      if (step + 1 < s.last) held.load(pieces);
+      if (step + 1 < s.last && step + 1 < p.walk) held.load(pieces);
 #else
       barrier_wait(ring.full(), ring.parity);
 #endif
-      multiply_stage(acc, ring.data(), ring.data() + codes_at, ring.affine() + affine_at, step * SLICES % 4, k_warp);
+      u32 loaded = multiply_stage(acc, ring.data(), ring.data() + codes_at, ring.affine() + affine_at, step * SLICES % 4, k_warp);
 #if COPY != 0
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.empty());
+      release(ring.empty(), CROWDED ? sums_of(acc) : loaded);
 #endif
       ring.advance();
     }
 
-    if (p.kept_steps && schedule.owns(s))
-      add_kept(acc, p, ring, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, first_tile, k_warp);
+    if (gathering && s.last > p.walk) {
+      kept.finish(shared + KEPT_AT);
+      gathering = false;
+    }
+    if (s.last > p.walk)
+      add_kept(acc, p, ring, s, shared + KEPT_AT, at.token_tile, at.row_block * BLOCK_TILES + first_tile, first_tile, k_warp);
 
     float own[OWN_TILES][SUMS];
     exchange_sums(own, acc, shared, row_warp, k_warp);

@@ -136,7 +136,7 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared, int r
   Segment s;
   while (schedule.next(s)) {
     const Place at(p, s.tile, rank);
-    for (int k = s.first * STEP_STAGES; k < s.last * STEP_STAGES; k++) {
+    for (int k = s.first * STEP_STAGES; k < min(s.last, p.walk) * STEP_STAGES; k++) {
       barrier_wait(ring.empty(), ring.parity);
       barrier_expect(ring.full(), STAGE_BYTES + STAGE_AFFINE);
       copy_box(ring.data() + X_BYTES, p.codes, k * SLICES * 64, at.row_block * BLOCK_TILES, ring.full());
@@ -148,13 +148,15 @@ DEVICE void produce(const Params& p, const Schedule& schedule, u32 shared, int r
         copy_tokens(ring.data() + j * X_SLICE, p.x, (k * SLICES + j) * 64, at.token_tile * TOKENS, ring.full(), rank);
       ring.advance();
     }
-    if (!schedule.owns(s)) continue;
-    for (int k = 0; k < p.kept_steps; k += 4) {  // the weights of 64 kept channels in a stage, x there in the next
+    for (int step = max(s.first, p.walk); step < s.last; step++) {  // weights of 64 kept channels, then x there, a stage each
+      const int k = (step - p.walk) * 4;
       barrier_wait(ring.empty(), ring.parity);
       copy_kept(p, ring.data(), ring.full(), at.row_block * BLOCK_TILES, BLOCK_TILES, k, 4);
       ring.advance();
       barrier_wait(ring.empty(), ring.parity);
       barrier_expect(ring.full(), X_SLICE);
+      if (!waited) wait_for_earlier_kernels();
+      waited = true;
       copy_tokens(ring.data(), p.gathered, k * 16, at.token_tile * TOKENS, ring.full(), rank);
       ring.advance();
     }
@@ -188,14 +190,14 @@ DEVICE void start_products(Sums& acc, const u32 (&a)[ROW_BLOCKS][4][4], u32 x) {
 }
 
 // The k walk of a segment. tile16: of the warp's 16 rows within the block.
-DEVICE void multiply_segment(Sums& acc, Ring& ring, const Segment& s, int tile16, int k_group) {
+DEVICE void multiply_segment(Sums& acc, const Params& p, Ring& ring, const Segment& s, int tile16, int k_group) {
   const int lane = threadIdx.x % 32;
   const u32 codes_at = X_BYTES + tile16 * SLICES * 512 + lane * 16;
   const u32 scales_at = tile16 * AFFINE_BYTES + scale_offset(lane), zeros_at = tile16 * AFFINE_BYTES + zero_offset(lane);
   u32 a[CONVERT_AHEAD ? 2 : 1][ROW_BLOCKS][4][4];
   u32 running = 0;  // the empty barrier of the stage whose product may still run
 #pragma unroll 1
-  for (int step = s.first; step < s.last; step++) {
+  for (int step = s.first; step < s.last && step < p.walk; step++) {  // not their minimum: no register to spare
     Zeros zeros[ROW_BLOCKS];
     Scales scales[ROW_BLOCKS];
 #pragma unroll
@@ -232,7 +234,7 @@ DEVICE void multiply_segment(Sums& acc, Ring& ring, const Segment& s, int tile16
 #pragma unroll
           for (int t = part * 4 / PARTS; t < (part + 1) * 4 / PARTS; t++) {
             differences(fragments[m][t], q[m], t, zeros[m]);
-            scale_fragment(fragments[m][t], scales[m]);
+            scale_fragment<(TOKENS >= 128)>(fragments[m][t], scales[m]);
           }
       }
       pin(fragments);
@@ -246,13 +248,13 @@ DEVICE void multiply_segment(Sums& acc, Ring& ring, const Segment& s, int tile16
   }
   wgmma_wait();
   pin(acc);
-  release(running);
+  if (running) release(running);
 }
 
-// The kept channels' stages, 64 at a time, after the k walk of the segment that owns the tile.
-DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int tile16, int k_group) {
+// 64 kept channels a step, from the `first`-th of a tile's to its `last`-th.
+DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int first, int last, int tile16, int k_group) {
 #pragma unroll 1
-  for (int step = 0; step < p.kept_steps; step += 4) {
+  for (int step = 4 * first; step < 4 * last; step += 4) {
     u32 a[ROW_BLOCKS][4][4];
     barrier_wait(ring.full(), ring.parity);
     if (k_group == 0) {
@@ -269,7 +271,7 @@ DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int tile16, in
           a[m][s][3] = as_activations(v.w);
         }
     }
-    release(ring.empty());
+    const u32 weights = ring.empty();
     ring.advance();
     barrier_wait(ring.full(), ring.parity);
     if (k_group == 0) {
@@ -278,6 +280,7 @@ DEVICE void multiply_kept(Sums& acc, const Params& p, Ring& ring, int tile16, in
       wgmma_wait();
       pin(acc);
     }
+    release(weights);  // not before what was loaded of them has arrived, as the product tells
     release(ring.empty());
     ring.advance();
   }
@@ -364,9 +367,9 @@ DEVICE void consume(const Params& p, const Schedule& schedule, u32 shared, int r
     Sums acc;
 #pragma unroll
     for (int i = 0; i < ROW_BLOCKS * ACC; i++) acc[i / ACC][i % ACC] = 0.f;
-    multiply_segment(acc, ring, s, tile16, k_group);
+    multiply_segment(acc, p, ring, s, tile16, k_group);
     const Place at(p, recomputed(s.tile), rank);
-    if (owner && p.kept_steps) multiply_kept(acc, p, ring, tile16, k_group);
+    if (s.last > p.walk) multiply_kept(acc, p, ring, max(0, s.first - p.walk), s.last - p.walk, tile16, k_group);
     if (K_GROUPS > 1) {
       exchange_sums(acc, shared + RESULTS_AT, row_group, k_group);
       if (k_group) continue;

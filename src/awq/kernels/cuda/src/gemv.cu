@@ -38,7 +38,7 @@ constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
 constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
 constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
-constexpr int SLOTS = 4;                           // tiles whose sums wait for the output warp, at most
+constexpr int SLOTS = 16;                          // tiles whose sums wait for the output warp, at most
 constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
 constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24;
 constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
@@ -61,8 +61,8 @@ struct Params {
   int kept_steps;
   int stages;          // of the ring
   int in_flight;       // stages requested and not arrived, at most
-  int slots;           // tiles whose sums wait for the output warp: 1, 2 or 4
-  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way, 0: read them where they are
+  int slots;           // tiles whose sums wait for the output warp (2^n): no fewer than lie between two of a math warp
+  int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
 };
 
 // Shared memory, in this order. The launcher computes the same sizes: see gemv.py.
@@ -95,7 +95,7 @@ DEVICE u32 empty_slot(const Layout& s, int i) { return s.barriers + 8 * (2 * MAX
 DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.extra); }
 DEVICE int tile_at(int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
 // The how manieth tile in its slot.
-DEVICE int turn_of(const Params& p, int tile) { return tile >> (p.slots >> 1); }
+DEVICE int turn_of(const Params& p, int tile) { return tile >> __popc(p.slots - 1); }
 // Warps that have a unit of a given tile.
 DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WARPS; }
 
@@ -395,12 +395,20 @@ DEVICE void finish_tile(const Params& p, const Layout& s, int tile, int warp, in
 #if AWQ_RING
 struct Ring { int stage; u32 parity; };
 
-DEVICE void take_unit(Unit& w, const Params& p, const Layout& s, Ring& ring, int warp, int lane) {
+DEVICE void take_unit(Unit& w, const Params& p, const Layout& s, const Ring& ring, int warp, int lane) {
   u32 codes = s.ring + ring.stage * STAGE + warp * UNIT_BYTES, record = s.ring + ring.stage * STAGE + STAGE_CODES + warp * RECORD;
   barrier_wait(full_stage(s, ring.stage), ring.parity);
   read_unit(w, [&](int i) { return load_shared16(codes + i); }, [&](int i) { return load_shared4(record + i); },
             [&](int i) { return load_shared1(record + i); }, lane);
-  signal(empty_stage(s, ring.stage));
+}
+// The unit's place may be filled again. After its products: before them the wait for its loads cost 2 %.
+DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ring) {
+  u32 affine = 0;
+#pragma unroll
+  for (int g = 0; g < SCALED; g++) affine ^= w.scales[g] ^ w.zeros[g];
+  const u32 empty = empty_stage(s, ring.stage);
+  have_arrived(empty, w.q[0].x, w.q[1].x, w.q[2].x, w.q[3].x, affine);
+  signal(empty);
   if (++ring.stage == p.stages) { ring.stage = 0; ring.parity ^= 1; }
 }
 #endif
@@ -433,6 +441,7 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
       Unit w;
       take_unit(w, p, s, ring, warp, lane);
       multiply(w, 0, k, x, lane, o);
+      leave_unit(w, p, s, ring);
     }
     finish_tile(p, s, tile, warp, lane, o);
   }
@@ -464,6 +473,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 #if AWQ_RING
     take_unit(w, p, s, ring, warp, lane);
     multiply(w, unit, 0, x, lane, o);
+    leave_unit(w, p, s, ring);
 #else
     Unit after;
     if (next_tile < count) fetch(after, next_tile, next);
@@ -580,8 +590,9 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
   if (p.kept_ahead) {
     int slot = i & (p.kept_ahead - 1);
     u32 from = s.kept + slot * p.kept_steps * KEPT_STEP;
-    barrier_wait(full_kept(s, slot), (i >> (p.kept_ahead >> 1)) & 1);
+    barrier_wait(full_kept(s, slot), (i >> __popc(p.kept_ahead - 1)) & 1);
     multiply_kept(p, s, lane, d, [&](int at) { return load_shared16(from + at); });
+    have_arrived(full_kept(s, slot), __float_as_uint(d[0]), __float_as_uint(d[1]), __float_as_uint(d[2]), __float_as_uint(d[3]));
     __syncwarp();
     if (lane == 0 && i + p.kept_ahead < count) copy_kept(p, s, i + p.kept_ahead);
     return;
