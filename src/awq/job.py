@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from awq.algorithm.activations import Activations
 from awq.algorithm.blocks import BlockLoop
 from awq.algorithm.find import find_blocks
+from awq.algorithm.ranks import here
 from awq.algorithm.result import Results
 from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
@@ -28,13 +29,16 @@ from awq.linears import as_linear
 from awq.memory import Limits, Place, plan_activations
 from awq.names import by_stored_names
 from awq.plan import Plan, make_plan
+from awq.processes import on_this_machine
 from awq.progress import track
 from awq.run import Run, Solved, Target, in_background
-from awq.save import model_config
+from awq.save import model_config, told
 from awq.source import Source, check_finite, replace_module
 from awq.stages import Stages
 from awq.stored import Stored
 from awq.weights import DiskWeights, LoadedWeights, obstacle, open_outline
+
+_RESUMED = ("block", "left", "checksum")  # of a journal's entry, what every rank needs
 
 
 @dataclass(frozen=True)
@@ -88,19 +92,32 @@ def run_job(
     identity = {"recipe": report["recipe"], "versions": report["versions"], "shard_bytes": target.shard_bytes}
     stored = Stored(job.outline, job.planned)
     outline: Any = job.outline.get_submodule(job.planned.blocks)
-    blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path))
+    blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path), on_this_machine())
     activations = plan_activations(outline, job.planned.config, tokens.shape, place)
-    with Run.open(target, stored, identity) as run, _continued(run, blocks), job.weights:
-        if len(run.done) < blocks:
-            _solve(job, run, tokens, activations, stages, progress)
-        report["linears"] = run.linears
+    opened = Run.open(target, stored, identity) if here().rank == 0 else nullcontext()
+    with opened as run, _continued(run, blocks), job.weights:
+        begun = here().tell(run and [{key: entry[key] for key in _RESUMED} for entry in run.done])[0]
+        if len(begun) < blocks:
+            _solve(job, run, begun, tokens, activations, stages, progress)
+        report["linears"] = here().tell(run and run.linears)[0]
         with stages("finish"):
+            if run is None:
+                return told()
             job.weights.load_rest()
             named = by_stored_names(job.outline, report)
-            return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
+            return told(run.finish(job.model.state_dict(), model_config(job.outline), named, extras))
 
 
-def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages: Stages, progress: bool) -> None:
+def _solve(
+    job: Job,
+    run: Run | None,
+    begun: list[dict[str, Any]],
+    tokens: Tensor,
+    activations: Activations,
+    stages: Stages,
+    progress: bool,
+) -> None:
+    """run: None on other ranks than the first; begun: of the blocks that are done, what it takes to replay them"""
     wanted, config = frozenset(job.planned.linears), job.planned.config
     loop = BlockLoop(
         job.model,
@@ -113,10 +130,10 @@ def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages:
         activations=activations,
         stage=stages,
     )
-    begun, blocks = list(run.done), len(loop.blocks)
-    with track("Quantizing", blocks, enabled=progress) as bar, in_background(run.add) as add:
+    blocks, shown = len(loop.blocks), progress and run is not None
+    with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add if run else _ignore) as add:
         for index, entry in enumerate(begun):
-            loop.replay(index, entry["left"], run.parameters(index, job.device))
+            loop.replay(index, entry["left"], run.parameters(index, job.device) if run else None)
             bar.advance(note=f"{entry['block']}, done before")
         if begun and loop.checksum() != begun[-1]["checksum"]:
             warnings.warn(
@@ -130,6 +147,10 @@ def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages:
             reports = {name: result.report for name, result in results.items()}
             warn_fallbacks(loop.name(index), reports)
             bar.advance(note=_note(loop.name(index), reports, stages))
+
+
+def _ignore(_solved: Solved) -> None:
+    """The first rank writes."""
 
 
 def _note(block: str, reports: Mapping[str, Mapping[str, Any]], stages: Stages) -> str:
@@ -176,12 +197,12 @@ def _preparation(model: nn.Module, planned: Plan) -> Callable[[str], None]:
 
 
 @contextmanager
-def _continued(run: Run, blocks: int) -> Iterator[None]:
+def _continued(run: Run | None, blocks: int) -> Iterator[None]:
     """Say with what ends the run how it can be continued."""
     try:
         yield
     except (AwqError, KeyboardInterrupt) as error:
-        if not run.done:
+        if run is None or not run.done:
             raise
         kept = f"{len(run.done)} of {blocks} blocks are kept: the same command goes on behind them."
         raise type(error)(f"{error} {kept}".strip()) from error

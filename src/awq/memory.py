@@ -78,6 +78,7 @@ class Place:
     device: torch.device
     limits: Limits
     folder: Path
+    processes: int = 1  # that share the host's memory
 
     @property
     def kind(self) -> str:
@@ -93,7 +94,7 @@ class Place:
         return self.limits.gpu or int(SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     def host_bytes(self) -> int:
-        return self.limits.host or int(SHARE * free_host())
+        return (self.limits.host or int(SHARE * free_host())) // self.processes
 
     def spill(self, size: int) -> Tensor:
         """Memory in a file without a name, gone when it is let go of; AwqError where the disk has no room."""

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.blocks import storage_dtype
+from awq.algorithm.ranks import here
 from awq.checkpoint.write import NamedLinear, Written, write_checkpoint
 from awq.config import QuantConfig
 from awq.linear import QuantLinear
 from awq.names import by_stored_names, kept_in_float32, not_converted, of_module, text_prefixes, to_stored
+from awq.processes import together
 from awq.source import drop_quantization
 
 
@@ -39,18 +41,29 @@ def save_quantized(
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     state = model.state_dict()
     floats = stored_floats(model, quantized)
-    return write_checkpoint(
-        Path(folder),
-        config=model_config(model),
-        quant=stored_settings(model, report),
-        linears=_quantized_linears(model),
-        floats=((float_.stored, state[name].to(float_.dtype)) for name, float_ in floats.items()),
-        report=by_stored_names(model, report),
-        extras=extras_of(model, (tokenizer, processor), beside or {}),
-        shard_size=shard_size,
-        overwrite=overwrite,
-        verify=verify,
-    )
+    with together() as ranks:
+        if ranks.rank:
+            return told()
+        return told(
+            write_checkpoint(
+                Path(folder),
+                config=model_config(model),
+                quant=stored_settings(model, report),
+                linears=_quantized_linears(model),
+                floats=((float_.stored, state[name].to(float_.dtype)) for name, float_ in floats.items()),
+                report=by_stored_names(model, report),
+                extras=extras_of(model, (tokenizer, processor), beside or {}),
+                shard_size=shard_size,
+                overwrite=overwrite,
+                verify=verify,
+            )
+        )
+
+
+def told(written: Written | None = None) -> Written:
+    """What the first rank has written, on every rank, once it has."""
+    path, size, warnings = here().tell(written and [str(written.path), written.bytes, written.warnings])[0]
+    return Written(Path(path), size, tuple(warnings))
 
 
 class Float(NamedTuple):

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.coverage import Counts, counted, every_expert
+from awq.algorithm.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
+from awq.algorithm.coverage import Counts, counted, every_expert, in_all
+from awq.algorithm.deal import Measured, solve_dealt
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
-from awq.algorithm.folded import Folded
+from awq.algorithm.folded import Folded, is_alone, scale_group
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.learn import learn
 from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.propagate import Propagation, enter_both, recorded
+from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
-from awq.algorithm.scale import Consumer, search_scale
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.solution import Linear, Linears, Solution, column_scales
-from awq.algorithm.solve import plain, solve, solve_propagated
+from awq.algorithm.solve import solve, solve_propagated
+from awq.algorithm.stats import InputStats
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.linears import linear_shape, shared_parameters
@@ -81,7 +83,7 @@ class BlockLoop:
         self.shared = shared_parameters(model)
         self.propagated = config.effort != "fast"
         self.budget = Budget(config.outlier_ratio)
-        enter = enter_both if self.propagated else enter_model
+        enter = enter_both if self.propagated else enter_dealt
         with torch.no_grad(), stage("read"), weights.enter():
             self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
             self.chunks = enter(model, self.blocks, tokens, device, weights)
@@ -104,11 +106,11 @@ class BlockLoop:
             results = self._solve(block, index, stored_in)
             yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
-    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor]) -> None:
+    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor] | None) -> None:
         """Move on behind a block that is done.
 
         left: what it left of the budget. quantized: its parameters as `solved` left them, by their name in it, those of
-        the quantized linears as the int4 alone has them.
+        the quantized linears as the int4 alone has them; on other ranks than the first, None.
         """
         block, self.budget.left = self.blocks[index], left
         with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
@@ -118,13 +120,15 @@ class BlockLoop:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
             if self._propagates(index):
                 for parameter, value in block.named_parameters():
-                    value.data.copy_(quantized[parameter])
+                    if quantized is not None:
+                        value.data.copy_(quantized[parameter])
+                    here().hand_out(value.data)
                 Propagation(block, index, self.chunks, inputs).advance()
 
     def checksum(self) -> int:
-        """Of both streams, to compare them bit by bit: the sum of their words."""
+        """Of both streams on all ranks, to compare them bit by bit: the sum of their words."""
         streams = [part for chunk in self.chunks for part in (chunk.hidden, chunk.quantized) if part is not None]
-        return sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)
+        return sum(here().tell(sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)))
 
     def _propagates(self, index: int) -> bool:
         return self.propagated and self.probe.calls[index] is not None
@@ -135,8 +139,8 @@ class BlockLoop:
             structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
         linears = self._linears(block, index, stats)
         count_tokens(linears, like, counts)
-        groups = [group for group in structure.groups if config.scale and _alone(block, group, self.shared)]
-        made = (_scale_group(block, group, linears, like, config, stored_in) for group in groups)
+        groups = [group for group in structure.groups if config.scale and is_alone(block, group, self.shared)]
+        made = (scale_group(block, group, linears, like, config, stored_in) for group in groups)
         folds = [folded for folded in made if folded]
         sets = input_sets(structure, linears)
         if not self._propagates(index):
@@ -163,7 +167,7 @@ class BlockLoop:
 
 def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
     results: Results = {}
-    for solution in (solve(part, config) for part in sets):
+    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config)):
         results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
     return results
 
@@ -179,10 +183,15 @@ def _propagate(
     streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop
 ) -> list[Solution]:
     """Pass after pass in the order of the data, each behind the linears that are quantized."""
-    solutions = []
+
+    def solve_one(part: Linears, measured: Measured) -> Solution:
+        assert measured is not None
+        return solve_propagated(part, *measured, config, columns)
+
+    solutions: list[Solution] = []
     for together in passes:
         moments = streams.measure([column_scales(part) for part in together])
-        solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
+        solved = list(solve_dealt(together, moments, config, solve_one))
         for solution in solved:
             streams.done.update(solution.weights)
         solutions += solved
@@ -239,7 +248,9 @@ def _look(
     The chunks move on to its output.
     """
     inputs = ParkedList([chunk.parked for chunk in chunks])
-    probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
+    probe.hidden = here().hand_out(
+        inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
+    )
 
     def run() -> Tensor:
         return probe.run(index, block, probe.hidden)
@@ -258,39 +269,14 @@ def _look(
         every_expert(block, chunks),
         counted(block) as counts,
         fast_matmul(),
-        recorded(block, points, activations=chunks[0].activations) as exact,
+        recorded(block, points, activations=chunks[0].activations if chunks else None) as exact,
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)
-    return structure, stats, counts, Propagation(block, index, chunks, inputs, exact, residuals, routing)
+    return structure, stats, in_all(counts), Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:
     """What the block's norms are stored in: their own half precision, float16 for a float32 model."""
     dtype = next(block.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
-    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
-    modules = map(block.get_submodule, (group.producer, *group.consumers))
-    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
-
-
-def _scale_group(
-    block: nn.Module,
-    group: ScaleGroup,
-    linears: Linears,
-    like: Siblings,
-    config: QuantConfig,
-    stored_in: torch.dtype,
-) -> Folded | None:
-    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
-    if not all(linears[name].usable for name in reached):
-        return None
-    consumers = [
-        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
-        for name, linear in ((name, linears[name]) for name in reached)
-    ]
-    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
-    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

@@ -4,56 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, Kept, Parked
 from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.ranks import fold, mine, rounds
 from awq.algorithm.siblings import Siblings
+from awq.algorithm.stats import InputStats
 from awq.errors import UnsupportedModelError
 
-# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
+# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand, nor on
+# the number of processes.
 CHUNK_TOKENS = 2048
-
-
-@dataclass
-class InputStats:
-    """Second moments of a linear's input x over the calibration text.
-
-    gram:     float32 [in_features, in_features], the mean of x x^T over the tokens
-    mean_abs: float32 [in_features], the mean of |x|
-    """
-
-    gram: Tensor
-    mean_abs: Tensor
-    tokens: float = 0
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> Self:
-        return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
-
-    def add(self, x: Tensor, weight: float = 1) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        self.gram += x.t() @ x if weight == 1 else (x.t() @ x) * weight
-        self.mean_abs += x.abs().sum(0) * weight
-        self.tokens += x.shape[0] * weight
-
-    def finish(self) -> None:
-        count = self.tokens or 1
-        self.gram /= count
-        self.mean_abs /= count
-
-    def rescaled(self, scale: Tensor) -> InputStats:
-        """The statistics of x / scale."""
-        return replace(self, gram=self.gram / scale / scale.unsqueeze(1), mean_abs=self.mean_abs / scale)
-
-    @property
-    def finite(self) -> bool:
-        return bool(self.gram.isfinite().all())
 
 
 @dataclass
@@ -81,6 +48,7 @@ class Chunk:
     calls:     None for a block that text does not run, such as one that looks at images
     quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
     held_out:  not fitted to, only judged by
+    number:    in the order of all text; a rank holds some chunks
     """
 
     activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
@@ -88,6 +56,7 @@ class Chunk:
     calls: list[Call | None] = field(default_factory=list)
     quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
+    number: int = 0
 
     def move(self, activations: Activations) -> None:
         """Keep what is to come, and what there is, in other rooms."""
@@ -124,9 +93,34 @@ def enter_model(
     Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
     first is run once, on a few tokens, to see what a block returns.
     """
-    per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8], device, weights)
-    return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
+    return _entered(model, blocks, list(enumerate(in_chunks(tokens))), device, weights)
+
+
+def enter_dealt(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    device: torch.device,
+    weights: Weights = IN_MEMORY,
+    first: int = 0,
+) -> list[Chunk]:
+    """`enter_model` with the chunks that this rank takes, lane by lane; the first of all is number `first`."""
+    parts = dict(enumerate(in_chunks(tokens), first))
+    return _entered(model, blocks, [(number, parts[number]) for number in mine(list(parts))], device, weights)
+
+
+def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tokens, max(1, CHUNK_TOKENS // tokens.shape[1]))
+
+
+def _entered(
+    model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device, weights: Weights
+) -> list[Chunk]:
+    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8], device, weights) if parts else 0
+    chunks = [_enter(model, blocks, part, outputs, device) for _, part in parts]
+    for chunk, (number, _) in zip(chunks, parts, strict=True):
+        chunk.number = number
+    return chunks
 
 
 def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
@@ -262,24 +256,28 @@ def capture(
     """
     stats: dict[str, InputStats] = {}
     like = Siblings(block)
-    shares: dict[str, InputStats] = {}
+    totals: dict[str, InputStats] = {}
+    parts: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
         linear = block.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
         key = share(names[0])
-        shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
-        shares[key] = shared
-        stats.update(dict.fromkeys(names, shared))
-        handles.append(linear.register_forward_pre_hook(_adder(shared, names[0], like)))
+        for sums in (totals, parts):
+            if key not in sums:
+                sums[key] = InputStats.empty(linear.in_features, linear.weight.device)
+        stats.update(dict.fromkeys(names, totals[key]))
+        handles.append(linear.register_forward_pre_hook(_adder(parts[key], names[0], like)))
     try:
-        for chunk in chunks:
-            chunk.hidden = chunk.run(index, block, chunk.hidden)
+        for lane in rounds(chunks, lambda chunk: chunk.number):
+            for chunk in lane:
+                chunk.hidden = chunk.run(index, block, chunk.hidden)
+            fold(list(totals.values()), list(parts.values()))
     finally:
         for handle in handles:
             handle.remove()
-    for shared in {id(s): s for s in stats.values()}.values():
-        shared.finish()
+    for total in totals.values():
+        total.finish()
     return stats
 
 

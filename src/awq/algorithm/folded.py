@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import InputStats
 from awq.algorithm.groups import ScaleGroup, fold
+from awq.algorithm.scale import Consumer, search_scale
+from awq.algorithm.siblings import Siblings
 from awq.algorithm.solution import Linears
+from awq.algorithm.solve import plain
+from awq.algorithm.stats import InputStats
+from awq.config import QuantConfig
 
 SLACK = 1e-6  # what float32 leaves between two equal losses
 
@@ -67,3 +72,29 @@ class Folded:
             consumer.scale_input(columns, shared[key], self.group.producer)
         if self.group.producer in linears:
             self.group.rows(linears[self.group.producer].row_scale).mul_(scale.view(self.group.parts, -1))
+
+
+def is_alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
+    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
+    modules = map(block.get_submodule, (group.producer, *group.consumers))
+    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
+
+
+def scale_group(
+    block: nn.Module,
+    group: ScaleGroup,
+    linears: Linears,
+    like: Siblings,
+    config: QuantConfig,
+    stored_in: torch.dtype,
+) -> Folded | None:
+    """The group with the best scale folded in, if any is better than none. stored_in: the dtype of norms"""
+    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
+    if not all(linears[name].usable for name in reached):
+        return None
+    consumers = [
+        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
+        for name, linear in ((name, linears[name]) for name in reached)
+    ]
+    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
+    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from awq.cli import options
-from awq.cli.output import format_bytes, print_facts, print_json, say
+from awq.cli.output import format_bytes, is_first_process, print_facts, print_json, say
 from awq.config import MAX_OUTLIER_RATIO, QuantConfig
 from awq.errors import ConfigError
 
@@ -127,10 +127,11 @@ def quantize(
         host_memory=host_memory,
         whole=whole,
     )
-    url = hub.push(hub.prepare(finished.path, push_to_hub), private) if push_to_hub else None
-    _show(finished, url, as_json)
-    if url:
-        say(f"uploaded to {url}")
+    if is_first_process():
+        url = hub.push(hub.prepare(finished.path, push_to_hub), private) if push_to_hub else None
+        _show(finished, url, as_json)
+        if url:
+            say(f"uploaded to {url}")
 
 
 def _show(finished: Finished, url: str | None, as_json: bool) -> None:
