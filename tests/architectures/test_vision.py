@@ -107,7 +107,7 @@ def test_folding_changes_nothing_that_is_seen(vision: Vision) -> None:
 def test_saved_and_loaded_with_its_other_tower_as_it_was(vision: Vision, tmp_path: Path) -> None:
     model_of(vision).save_pretrained(tmp_path / "float")
     model = find_source(tmp_path / "float").load()
-    assert type(model) is vision.model_class()
+    assert isinstance(model, vision.model_class())
     linears = linear_names(find_blocks(model)[1])
     original, sees, blind = logits(model), sight(model, vision), sight(model, vision, seed=1)
     assert distance(blind, sees) > 0.01
@@ -205,7 +205,7 @@ def assert_answers(folder: Path, vision: Vision) -> None:
     for name, content in PROCESSOR.items():
         assert (folder / name).read_text() == content
     loaded = AutoAWQForCausalLM.from_quantized(folder)
-    assert type(loaded.model) is vision.model_class()
+    assert isinstance(loaded.model, vision.model_class())
     for inputs in (vision.inputs(), {"input_ids": TOKENS[:1]}):
         answer = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert answer.shape[1] <= inputs["input_ids"].shape[1] + 3
