@@ -191,6 +191,9 @@ def test_text_streamers(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Upwards(LogitsProcessor):
+    def __repr__(self) -> str:
+        return "Upwards()"  # a test's name is the same in every process
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores + torch.arange(scores.shape[-1]) / 100
 
