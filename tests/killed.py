@@ -50,6 +50,7 @@ def die() -> None:
 
 
 def interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without
     os.kill(os.getpid(), signal.SIGINT)
 
 
