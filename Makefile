@@ -25,7 +25,7 @@ test: $(READY) ## the test suite without what is long (under 10 minutes on 2 cor
 	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
 
 test-full: test ## the test suite, then the built wheel, the real model's long runs, every kernel
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n auto --dist worksteal
 
 check: $(READY) ## ruff and mypy, both strict
 	$(BIN)/ruff check .
