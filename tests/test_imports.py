@@ -49,23 +49,25 @@ ALLOWED = {
     "names": {"errors", "experts"},
     "plan": {"algorithm", "config", "errors", "experts", "linears"},
     "effort": {"algorithm", "config", "errors", "kernels", "linears"},
+    "processes": {"algorithm", "errors", "source"},
     "weights": {"algorithm", "checkpoint", "errors", "linears", "source"},
-    "save": {"algorithm", "checkpoint", "config", "linear", "names", "source"},
+    "save": {"algorithm", "checkpoint", "config", "linear", "names", "processes", "source"},
     "stored": {"linears", "names", "packing", "plan", "save"},
     "stages": set(),
     "memory": {"algorithm", "config", "errors", "linears"},
     "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
-    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "memory", "names", "plan", "progress"}
-    | {"run", "save", "source", "stages", "stored", "weights"}
+    "elsewhere": {"algorithm", "checkpoint", "run", "stored"},
+    "job": {"algorithm", "checkpoint", "effort", "elsewhere", "experts", "linears", "memory", "names", "plan"}
+    | {"progress", "run", "save", "source", "stages", "stored", "weights"}
     | GROUND,
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
-    | {"plan", "progress", "run", "save", "source", "stages"}
+    | {"plan", "processes", "progress", "run", "save", "source", "stages"}
     | GROUND,
     "place": {"errors", "linear"},
     "load": {"checkpoint", "engine", "experts", "kernels", "linear", "linears", "names", "outline", "place", "source"}
     | {"unreadable"}
     | GROUND,
-    "model": {"calibration", "checkpoint", "engine", "load", "place", "recipe", "source"} | GROUND,
+    "model": {"calibration", "checkpoint", "engine", "load", "place", "processes", "recipe", "source"} | GROUND,
     "compat": {"evaluate", "linear", "model"} | GROUND,
 }
 # The top of the house sees everything below it, and nobody below sees it.

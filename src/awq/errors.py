@@ -4,7 +4,12 @@ from __future__ import annotations
 
 
 class AwqError(Exception):
-    """Base of every error that this package raises on purpose; the command line exits 2 on it."""
+    """Base of every error that this package raises on purpose; the command line exits 2 on it.
+
+    ended_all: of several processes it ended all, and this one says why
+    """
+
+    ended_all = False
 
 
 class ConfigError(AwqError, ValueError):
@@ -45,3 +50,7 @@ class OutOfMemoryError(AwqError, RuntimeError):
 
 class MissingDependencyError(AwqError, ImportError):
     """An optional package is needed; the text names it and the command that installs it."""
+
+
+class EndedElsewhereError(AwqError, RuntimeError):
+    """Another of the processes that quantize together has failed, and said why."""

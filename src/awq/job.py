@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from awq.algorithm.activations import Activations
 from awq.algorithm.blocks import BlockLoop
 from awq.algorithm.find import find_blocks
+from awq.algorithm.ranks import here
 from awq.algorithm.result import Results
 from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
+from awq.elsewhere import Elsewhere, open_run
 from awq.errors import AwqError
 from awq.experts import split_experts
 from awq.linears import as_linear
@@ -30,7 +32,7 @@ from awq.names import by_stored_names
 from awq.plan import Plan, make_plan
 from awq.progress import track
 from awq.run import Run, Solved, Target, in_background
-from awq.save import model_config
+from awq.save import by_the_first, model_config
 from awq.source import Source, check_finite, replace_module
 from awq.stages import Stages
 from awq.stored import Stored
@@ -80,6 +82,7 @@ def run_job(
 ) -> Written:
     """Solve every block that an earlier run has not, and write the checkpoint; `report` gets the linears.
 
+    Several processes do so together: each reads the blocks for itself, the first writes.
     AwqError, or a KeyboardInterrupt that says what is kept, where it ends before.
     """
     for note in job.planned.notes:
@@ -90,17 +93,24 @@ def run_job(
     outline: Any = job.outline.get_submodule(job.planned.blocks)
     blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path))
     activations = plan_activations(outline, job.planned.config, tokens.shape, place)
-    with Run.open(target, stored, identity) as run, _continued(run, blocks), job.weights:
+    with open_run(target, stored, identity) as run, _continued(run, blocks), job.weights:
         if len(run.done) < blocks:
             _solve(job, run, tokens, activations, stages, progress)
         report["linears"] = run.linears
         with stages("finish"):
-            job.weights.load_rest()
-            named = by_stored_names(job.outline, report)
-            return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
+            return by_the_first(lambda: _finish(job, run, report, extras))
 
 
-def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages: Stages, progress: bool) -> None:
+def _finish(job: Job, run: Run | Elsewhere, report: dict[str, Any], extras: Callable[[Path], None]) -> Written:
+    assert isinstance(run, Run)
+    job.weights.load_rest()
+    named = by_stored_names(job.outline, report)
+    return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
+
+
+def _solve(
+    job: Job, run: Run | Elsewhere, tokens: Tensor, activations: Activations, stages: Stages, progress: bool
+) -> None:
     wanted, config = frozenset(job.planned.linears), job.planned.config
     loop = BlockLoop(
         job.model,
@@ -114,7 +124,8 @@ def _solve(job: Job, run: Run, tokens: Tensor, activations: Activations, stages:
         stage=stages,
     )
     begun, blocks = list(run.done), len(loop.blocks)
-    with track("Quantizing", blocks, enabled=progress) as bar, in_background(run.add) as add:
+    shown = progress and here().rank == 0
+    with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add) as add:
         for index, entry in enumerate(begun):
             loop.replay(index, entry["left"], run.parameters(index, job.device))
             bar.advance(note=f"{entry['block']}, done before")
@@ -145,15 +156,18 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _solved(loop: BlockLoop, index: int, results: Results) -> Solved:
-    name, cpu = loop.name(index), torch.device("cpu")
+    name, left, checksum = loop.name(index), loop.budget.left, loop.checksum()
+    if here().rank:
+        return Solved(name, results, {}, left, checksum)  # not to be written here
+    cpu = torch.device("cpu")
     weights = {f"{linear}.weight" for linear in results}
     state = {f"{name}.{own}": tensor for own, tensor in loop.blocks[index].state_dict().items()}
     return Solved(
         name,
         {linear: result.to(cpu) for linear, result in results.items()},
         {own: tensor.to(cpu) for own, tensor in state.items() if own not in weights},
-        loop.budget.left,
-        loop.checksum(),
+        left,
+        checksum,
     )
 
 
@@ -176,7 +190,7 @@ def _preparation(model: nn.Module, planned: Plan) -> Callable[[str], None]:
 
 
 @contextmanager
-def _continued(run: Run, blocks: int) -> Iterator[None]:
+def _continued(run: Run | Elsewhere, blocks: int) -> Iterator[None]:
     """Say with what ends the run how it can be continued."""
     try:
         yield

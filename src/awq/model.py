@@ -17,6 +17,7 @@ from awq.engine import Engine, attach, engine_of
 from awq.errors import AwqError, ConfigError
 from awq.load import load_quantized
 from awq.place import AUTOMATIC
+from awq.processes import in_company
 from awq.recipe import check_model, quantize_model, save_quantized
 from awq.source import Source, find_folder, find_source, pick_device, pick_dtype
 
@@ -98,6 +99,7 @@ class AwqModel(nn.Module):
         self.model.to(*args, **kwargs)
         return self
 
+    @in_company
     def quantize(
         self,
         tokenizer: Any = None,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from awq import __version__
 from awq.algorithm.blocks import quantize_blocks
+from awq.algorithm.ranks import here
 from awq.calibration import CalibrationSet, load_calibration
 from awq.checkpoint.output import check_output, finished_recipe, unfinished
 from awq.checkpoint.read import open_checkpoint
@@ -31,6 +32,7 @@ from awq.linear import QuantLinear
 from awq.linears import as_linear
 from awq.memory import Limits
 from awq.plan import Plan, make_plan
+from awq.processes import agree, in_company
 from awq.progress import track
 from awq.run import Target
 from awq.save import extras_of, save_quantized
@@ -57,6 +59,7 @@ class Finished:
     memory: Mapping[str, int] = field(default_factory=dict)
 
 
+@in_company
 def quantize_model(
     model: nn.Module,
     config: QuantConfig,
@@ -81,15 +84,17 @@ def quantize_model(
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
     place = pick_device(device)
     warn_if_slow(model, wanted, planned.config, place)
+    recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
+    agree("the recipe", recipe)
     solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
-    with track("Quantizing", blocks, enabled=progress) as bar, undispatched(model, planned.blocks):
+    shown = progress and here().rank == 0
+    with track("Quantizing", blocks, enabled=shown) as bar, undispatched(model, planned.blocks):
         for block, results in solve:
             for linear, result in results.items():
                 replace_module(model, linear, QuantLinear(result.packed, result.bias, result.outliers))
                 linears[linear] = result.report
             warn_fallbacks(block, {linear: result.report for linear, result in results.items()})
             bar.advance(note=block)
-    recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
     return _report(recipe, planned) | {"linears": linears}
 
 
@@ -132,6 +137,7 @@ def _check_tokens(model: Any, tokens: Tensor, name: str) -> None:
         )
 
 
+@in_company
 def quantize_folder(
     model: str | Path,
     output: str | Path,
@@ -159,15 +165,16 @@ def quantize_folder(
     that can be wrong with the arguments is found before the weights are read. A run that was ended goes on behind its
     last finished block when it is started again, and an output finished by the identical recipe is left alone.
 
-    gpu_memory, host_memory: what may be used, in bytes or as "8GiB"; most of what is free by default
+    gpu_memory, host_memory: what each process may use, in bytes or as "8GiB"; by default most of what is free, in equal
+        parts
     """
     target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
     limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))
     check_settings(replace(config, group_size=config.group_size or -1), verify)
     place = pick_device(device)
     source = find_source(model, revision=revision, trust_remote_code=trust_remote_code)
-    done = finished_recipe(target.path)
-    if done is None:
+    done = here().tell(finished_recipe(target.path))[0]
+    if done is None and here().rank == 0:
         check_output(target.path, overwrite)
     model_config = source.config()
     check_length(model_config, seq_len, source.name)
@@ -191,9 +198,8 @@ def quantize_folder(
         "config": _config_dict(job.planned.config),
         "calibration": _calibration_dict(text),
     }
+    agree("the recipe", recipe)
     if done == recipe and not overwrite:
-        open_checkpoint(target.path)  # a file may have gone since
-        shutil.rmtree(unfinished(target.path), ignore_errors=True)
         return _already_complete(target.path)
     _check_tokens(job.outline, text.tokens, source.name)
     extras = extras_of(job.model, [tokenizer], source.processor_files())
@@ -204,8 +210,14 @@ def quantize_folder(
 
 
 def _already_complete(output: Path) -> Finished:
-    report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
-    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    """As rank 0 finds it: to other machines the folder is unknown."""
+    found: tuple[dict[str, Any], int] = ({}, 0)
+    if here().rank == 0:
+        open_checkpoint(output)  # a file may have gone since
+        shutil.rmtree(unfinished(output), ignore_errors=True)
+        report = json.loads((output / "awq_report.json").read_text(encoding="utf-8"))
+        found = report, sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    report, size = here().tell(found)[0]
     return Finished(output, report, size_bytes=size, already_complete=True)
 
 

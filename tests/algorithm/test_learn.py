@@ -7,8 +7,11 @@ from torch import Tensor
 from awq.algorithm import blocks as blocks_module
 from awq.algorithm import learn as learn_module
 from awq.algorithm.affine import fit_affine
-from awq.algorithm.learn import Learned, _Batch, _Linear, _Norm, _picks, cpu_minutes, learn
+from awq.algorithm.capture import Call, Chunk
+from awq.algorithm.learn import Learned, _Linear, _Norm, _picks, cpu_minutes, learn
+from awq.algorithm.propagate import Propagation
 from awq.algorithm.solution import Coded
+from awq.algorithm.text import Batch, Text
 from tests.algorithm.test_blocks import apply, quantized
 from tests.algorithm.test_propagate import output_of
 from tests.tiny import random_tokens, tiny_llama
@@ -106,7 +109,7 @@ def test_text_of_which_nothing_is_held_out_teaches_nothing() -> None:
 
 def test_a_learner_starts_where_rounding_ended_and_its_gradient_passes() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    coded = Coded.plainly(weight, fit_affine(weight, 32, 4, True))
+    coded = Coded.plainly(weight, fit_affine(weight, 32, 4, True), learned=True)
     learner = _Linear(coded)
     assert torch.equal(learner.weight(), coded.weight)
     assert torch.equal(learner.coded().codes, coded.codes)
@@ -134,14 +137,14 @@ def test_all_chunks_are_seen_before_any_is_seen_again(chunks: int) -> None:
 
 
 def test_calls_that_differ_are_not_one() -> None:
-    from awq.algorithm.capture import Call, Chunk
-
-    def entering(*masks: Tensor) -> list[tuple[Chunk, Tensor]]:
-        return [(Chunk(torch.ones(2), [Call((), {"mask": mask, "cache": None})]), torch.ones(2)) for mask in masks]
+    def batch(*masks: Tensor) -> Batch:
+        calls = [Call((), {"mask": mask, "cache": None}) for mask in masks]
+        chunks = [Chunk(torch.ones(2), [call], number=number) for number, call in enumerate(calls)]
+        return Batch(Text(Propagation(torch.nn.Identity(), 0, chunks, [chunk.hidden for chunk in chunks], [], {}, [])))
 
     ones, twos = torch.ones(3), torch.full((3,), 2.0)
-    assert _Batch(entering(ones, ones.clone()), 0).uniform
-    assert not _Batch(entering(ones, twos), 0).uniform
+    assert batch(ones, ones.clone()).uniform
+    assert not batch(ones, twos).uniform
 
 
 def test_the_estimate_for_a_cpu_is_of_the_size_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

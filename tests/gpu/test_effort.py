@@ -42,7 +42,7 @@ def test_a_second_run_is_equal_bit_by_bit(effort: str) -> None:
 
 def test_a_graph_learns_what_eager_steps_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[bool] = []
-    capture = learn_module._Graphed._captured
+    capture = learn_module.Graphed._captured
 
     def spy(self: Any) -> Any:
         graph = capture(self)
@@ -50,10 +50,10 @@ def test_a_graph_learns_what_eager_steps_learn(monkeypatch: pytest.MonkeyPatch) 
         return graph
 
     monkeypatch.setattr(learn_module, "CODE_RATE", 1e-3)
-    monkeypatch.setattr(learn_module._Graphed, "_captured", spy)
+    monkeypatch.setattr(learn_module.Graphed, "_captured", spy)
     _, graphed = quantized("max")
     assert captured and all(captured)
-    monkeypatch.setattr(learn_module._Graphed, "_captured", lambda _self: None)
+    monkeypatch.setattr(learn_module.Graphed, "_captured", lambda _self: None)
     _, eager = quantized("max")
     assert {result.report["rounding"] for result in eager.values()} == {"learned"}
     for name, result in graphed.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Affine:
     scales: Tensor
     zeros: Tensor
     bits: int
+
+    def rows(self, part: slice) -> Affine:
+        return replace(self, scales=self.scales[part], zeros=self.zeros[part])
 
     def encode(self, weight: Tensor) -> Tensor:
         """Codes of `weight` [out, in], plain rounding, uint8 [out, in]."""

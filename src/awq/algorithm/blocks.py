@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import Chunk, InputStats, capture, enter_model, fast_matmul, lifted
-from awq.algorithm.coverage import Counts, counted, every_expert
+from awq.algorithm.capture import InputStats, capture, fast_matmul, lifted
+from awq.algorithm.coverage import Counts, counted, every_expert, in_all
+from awq.algorithm.deal import Measured, solve_dealt
+from awq.algorithm.enter import enter_dealt, enter_model
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
-from awq.algorithm.folded import Folded
+from awq.algorithm.folded import Folded, undo_worse
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.learn import learn
 from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.propagate import Propagation, enter_both, recorded
+from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
@@ -59,7 +62,7 @@ def quantize_blocks(
 class BlockLoop:
     """The blocks in turn, each of them solved, or replayed where an earlier run has solved it.
 
-    chunks: the calibration text behind the blocks that are done, in the float model and behind quantized blocks
+    chunks: this rank's calibration text behind the blocks that are done, in the float model and behind quantized blocks
     budget: of outlier channels; what the blocks that are done have left of it
     """
 
@@ -81,7 +84,7 @@ class BlockLoop:
         self.shared = shared_parameters(model)
         self.propagated = config.effort != "fast"
         self.budget = Budget(config.outlier_ratio)
-        enter = enter_both if self.propagated else enter_model
+        enter = enter_both if self.propagated else enter_dealt
         with torch.no_grad(), stage("read"), weights.enter():
             self.probe = enter_model(model, self.blocks, tokens[:1, :PROBE_TOKENS], device, weights)[0]
             self.chunks = enter(model, self.blocks, tokens, device, weights)
@@ -108,7 +111,7 @@ class BlockLoop:
         """Move on behind a block that is done.
 
         left: what it left of the budget. quantized: its parameters as `solved` left them, by their name in it, those of
-        the quantized linears as the int4 alone has them.
+        the quantized linears as the int4 alone has them; rank 0's serve all ranks.
         """
         block, self.budget.left = self.blocks[index], left
         with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
@@ -118,13 +121,15 @@ class BlockLoop:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
             if self._propagates(index):
                 for parameter, value in block.named_parameters():
-                    value.data.copy_(quantized[parameter])
+                    if here().rank == 0:
+                        value.data.copy_(quantized[parameter])
+                    value.data.copy_(here().hand_out(value.data.contiguous()))
                 Propagation(block, index, self.chunks, inputs).advance()
 
     def checksum(self) -> int:
-        """Of both streams, to compare them bit by bit: the sum of their words."""
+        """Of both streams on all ranks, to compare them bit by bit: the sum of their words."""
         streams = [part for chunk in self.chunks for part in (chunk.hidden, chunk.quantized) if part is not None]
-        return sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)
+        return sum(here().tell(sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)))
 
     def _propagates(self, index: int) -> bool:
         return self.propagated and self.probe.calls[index] is not None
@@ -132,7 +137,7 @@ class BlockLoop:
     def _solve(self, block: nn.Module, index: int, stored_in: torch.dtype) -> Results:
         config, like = self.config, Siblings(block)
         with self.stage("capture"):
-            structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
+            structure, stats, counts, streams = self._look(block, index)
         linears = self._linears(block, index, stats)
         count_tokens(linears, like, counts)
         groups = [group for group in structure.groups if config.scale and _alone(block, group, self.shared)]
@@ -143,13 +148,47 @@ class BlockLoop:
             return _plainly(sets, config)
         with every_expert(block, self.chunks):
             solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
-            while _undone(folds, solutions, block, linears):
+            while undo_worse(folds, solutions, block, linears):
                 streams.done.clear()
                 solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
         if config.effort == "max":
             solutions = _learn(streams, solutions, groups, stored_in)
         streams.advance()
         return _finished(solutions, config, self.budget)
+
+    def _look(self, block: nn.Module, index: int) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
+        """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
+
+        The chunks move on to its output.
+        """
+        chunks, probe, propagated = self.chunks, self.probe, self.propagated
+        inputs = ParkedList([chunk.parked for chunk in chunks])
+        probe.hidden = here().hand_out(
+            inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
+        )
+
+        def run() -> Tensor:
+            return probe.run(index, block, probe.hidden)
+
+        with fast_matmul(enabled=False):
+            structure = find_structure(block, run)
+            residuals = find_residuals(block, run, probe.hidden) if propagated else {}
+        points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
+        like = Siblings(block)
+
+        def share(name: str) -> str:
+            columns = linear_shape(block.get_submodule(name)) or (0,)
+            return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
+
+        with (
+            every_expert(block, chunks),
+            counted(block) as counts,
+            fast_matmul(),
+            recorded(block, points, activations=self.activations) as exact,
+            recorded_routing(block) as routing,
+        ):
+            stats = capture(block, index, chunks, structure.input_sets, share)
+        return structure, stats, in_all(counts), Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
     def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
         """The linears to quantize, with what is known of their inputs."""
@@ -163,7 +202,7 @@ class BlockLoop:
 
 def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
     results: Results = {}
-    for solution in (solve(part, config) for part in sets):
+    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config)):
         results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
     return results
 
@@ -179,10 +218,15 @@ def _propagate(
     streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop
 ) -> list[Solution]:
     """Pass after pass in the order of the data, each behind the linears that are quantized."""
-    solutions = []
+
+    def solve_one(part: Linears, measured: Measured) -> Solution:
+        assert measured is not None
+        return solve_propagated(part, *measured, config, columns)
+
+    solutions: list[Solution] = []
     for together in passes:
         moments = streams.measure([column_scales(part) for part in together])
-        solved = [solve_propagated(part, *pair, config, columns) for part, pair in zip(together, moments, strict=True)]
+        solved = list(solve_dealt(together, moments, config, solve_one))
         for solution in solved:
             streams.done.update(solution.weights)
         solutions += solved
@@ -219,50 +263,6 @@ def _learn(
         weight.copy_(before[name])
     streams.done = done
     return solutions
-
-
-def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
-    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
-    worse = [made for made in folds if made.is_worse(losses)]
-    for made in worse:
-        made.undo(block, linears)
-        folds.remove(made)
-    return bool(worse)
-
-
-def _look(
-    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
-) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
-    """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
-
-    The chunks move on to its output.
-    """
-    inputs = ParkedList([chunk.parked for chunk in chunks])
-    probe.hidden = inputs[0][:1, : probe.hidden.shape[1]].clone()
-
-    def run() -> Tensor:
-        return probe.run(index, block, probe.hidden)
-
-    with fast_matmul(enabled=False):
-        structure = find_structure(block, run)
-        residuals = find_residuals(block, run, probe.hidden) if propagated else {}
-    points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
-    like = Siblings(block)
-
-    def share(name: str) -> str:
-        columns = linear_shape(block.get_submodule(name)) or (0,)
-        return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
-
-    with (
-        every_expert(block, chunks),
-        counted(block) as counts,
-        fast_matmul(),
-        recorded(block, points, activations=chunks[0].activations) as exact,
-        recorded_routing(block) as routing,
-    ):
-        stats = capture(block, index, chunks, structure.input_sets, share)
-    return structure, stats, counts, Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
 
 def storage_dtype(block: nn.Module) -> torch.dtype:

@@ -1,22 +1,22 @@
-"""Run one block over the calibration text and keep what the search needs of its inputs. All device moves live here."""
+"""Run one block over the calibration text and keep what the search needs of its inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, Kept, Parked
-from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.ranks import fold, here, rounds
 from awq.algorithm.siblings import Siblings
 from awq.errors import UnsupportedModelError
 
-# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand.
+# The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand, nor on
+# the number of processes.
 CHUNK_TOKENS = 2048
 
 
@@ -38,14 +38,17 @@ class InputStats:
 
     def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.gram += x.t() @ x if weight == 1 else (x.t() @ x) * weight
+        self.gram.addmm_(x.t(), x, alpha=weight)
         self.mean_abs += x.abs().sum(0) * weight
         self.tokens += x.shape[0] * weight
 
+    def tensors(self) -> list[Tensor]:
+        return [self.gram, self.mean_abs]
+
     def finish(self) -> None:
-        count = self.tokens or 1
-        self.gram /= count
-        self.mean_abs /= count
+        for total in self.tensors():
+            here().complete(total)
+            total /= self.tokens or 1
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""
@@ -81,6 +84,7 @@ class Chunk:
     calls:     None for a block that text does not run, such as one that looks at images
     quantized: the hidden states behind quantized blocks, where they are propagated and the first block is passed
     held_out:  not fitted to, only judged by
+    number:    in the order of all text; a rank holds some chunks
     """
 
     activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
@@ -88,6 +92,7 @@ class Chunk:
     calls: list[Call | None] = field(default_factory=list)
     quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
+    number: int = 0
 
     def move(self, activations: Activations) -> None:
         """Keep what is to come, and what there is, in other rooms."""
@@ -116,102 +121,8 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
-def enter_model(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
-) -> list[Chunk]:
-    """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
-
-    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
-    first is run once, on a few tokens, to see what a block returns.
-    """
-    per_chunk = max(1, CHUNK_TOKENS // tokens.shape[1])
-    outputs = _count_outputs(model, blocks, tokens[:1, :8], device, weights)
-    return [_enter(model, blocks, part, outputs, device) for part in torch.split(tokens, per_chunk)]
-
-
-def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
-    inputs: list[Tensor] = []
-    calls: list[Call | None] = []
-    moved: dict[int, tuple[Tensor, Tensor]] = {}  # what blocks share, such as masks and rotary tables, is moved once
-
-    def pass_through(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        inputs.append(hidden)
-        calls.extend([None] * (_next_index(blocks, block, len(calls)) - len(calls)))
-        calls.append(Call(_moved(tuple(rest), device, moved), _moved(kwargs, device, moved)))
-        if len(calls) == len(blocks):
-            raise Stop
-        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
-
-    with _replaced_forward(list(blocks), pass_through):
-        _forward(model, tokens)
-    calls.extend([None] * (len(blocks) - len(calls)))
-    return Chunk(_moved(inputs[0], device, moved), calls)
-
-
-def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
-    index = next((i for i in range(start, len(blocks)) if blocks[i] is block), None)
-    if index is None:
-        raise UnsupportedModelError(
-            f"{type(block).__name__} runs again after later blocks: models are quantized block by block, in one pass."
-        )
-    return index
-
-
-def _count_outputs(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights
-) -> int:
-    """How many values a block returns, 0 for a bare tensor."""
-    seen: list[int] = []
-    numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
-    forwards = {block: block.forward for block in numbers}
-
-    def run(block: nn.Module, *args: Any, **kwargs: Any) -> None:
-        args, kwargs = _moved(args, device, {}), _moved(kwargs, device, {})
-        with weights.block(numbers[block]), lifted(block, device):
-            output = forwards[block](*args, **kwargs)
-        seen.append(len(output) if isinstance(output, tuple | list) else 0)
-        raise Stop
-
-    with _replaced_forward(list(numbers), run):
-        _forward(model, tokens)
-    return seen[0]
-
-
-def _forward(model: nn.Module, tokens: Tensor) -> None:
-    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
-    with suppress(Stop):
-        model(input_ids=tokens.to(device), use_cache=False)
-
-
-@contextmanager
-def _replaced_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
-    """`forward`, given the module first, in place of the modules' own."""
-    originals = {module: module.__dict__.get("forward") for module in modules}
-    for module in originals:
-        module.forward = partial(forward, module)
-    try:
-        yield
-    finally:
-        for module, original in originals.items():
-            if original is None:
-                del module.forward
-            else:
-                module.forward = original
-
-
-def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
-    if isinstance(value, Tensor):
-        if id(value) not in memo:
-            moved = value.to(device)  # before it is widened: half the bytes to move
-            memo[id(value)] = value, moved.float() if moved.is_floating_point() else moved
-        return memo[id(value)][1]
-    if isinstance(value, dict):
-        return {key: _moved(item, device, memo) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_moved(item, device, memo) for item in value)
-    return value
+def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tokens, max(1, CHUNK_TOKENS // tokens.shape[1]))
 
 
 @contextmanager
@@ -262,24 +173,28 @@ def capture(
     """
     stats: dict[str, InputStats] = {}
     like = Siblings(block)
-    shares: dict[str, InputStats] = {}
+    totals: dict[str, InputStats] = {}
+    parts: dict[str, InputStats] = {}
     handles = []
     for names in input_sets:
         linear = block.get_submodule(names[0])
         assert isinstance(linear, nn.Linear)
         key = share(names[0])
-        shared = shares.get(key) or InputStats.empty(linear.in_features, linear.weight.device)
-        shares[key] = shared
-        stats.update(dict.fromkeys(names, shared))
-        handles.append(linear.register_forward_pre_hook(_adder(shared, names[0], like)))
+        for sums in (totals, parts):
+            if key not in sums:
+                sums[key] = InputStats.empty(linear.in_features, linear.weight.device)
+        stats.update(dict.fromkeys(names, totals[key]))
+        handles.append(linear.register_forward_pre_hook(_adder(parts[key], names[0], like)))
     try:
-        for chunk in chunks:
-            chunk.hidden = chunk.run(index, block, chunk.hidden)
+        for lane in rounds(chunks, lambda chunk: chunk.number):
+            for chunk in lane:
+                chunk.hidden = chunk.run(index, block, chunk.hidden)
+            fold(list(totals.values()), list(parts.values()))
     finally:
         for handle in handles:
             handle.remove()
-    for shared in {id(s): s for s in stats.values()}.values():
-        shared.finish()
+    for total in totals.values():
+        total.finish()
     return stats
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from awq.algorithm.capture import Chunk
+from awq.algorithm.ranks import here
 from awq.experts import Experts, expert_lists
 
 # What all tokens count beside an expert's own, over the width. With clusters of the inputs of SmolLM2's gate_proj (576
@@ -23,12 +24,12 @@ Counts = dict[str, list[int]]
 
 @contextmanager
 def every_expert(block: nn.Module, chunks: list[Chunk]) -> Iterator[None]:
-    """Let every expert of `block` read tokens from all of `chunks`, besides those it is given.
+    """Let every expert of `block` read tokens from all of the ranks' `chunks`, besides those it is given.
 
     They are SAMPLE tokens at even distances, which count PRIOR times the experts' width. Only in lists of `Experts`:
     others cannot be told to.
     """
-    total = sum(chunk.hidden.shape[:-1].numel() for chunk in chunks)
+    total = sum(here().tell(sum(chunk.hidden.shape[:-1].numel() for chunk in chunks)))
     lists = [module for module in block.modules() if isinstance(module, Experts)]
     for experts in lists:
         experts.visit_every = max(1, total // SAMPLE)
@@ -42,7 +43,7 @@ def every_expert(block: nn.Module, chunks: list[Chunk]) -> Iterator[None]:
 
 @contextmanager
 def counted(block: nn.Module) -> Iterator[Counts]:
-    """By list of experts in `block`, how many tokens each expert is given."""
+    """By list of experts in `block`, how many tokens each expert is given: by this rank, `in_all` by all."""
     lists = expert_lists(block)
     counts = {name: [0] * len(experts) for name, experts in lists.items()}
 
@@ -58,3 +59,9 @@ def counted(block: nn.Module) -> Iterator[Counts]:
             for number, expert in enumerate(experts):
                 hooks.enter_context(expert.register_forward_pre_hook(counter(name, number)))
         yield counts
+
+
+def in_all(counts: Counts) -> Counts:
+    """The sums of all ranks' counts."""
+    told = here().tell(counts)
+    return {name: [sum(numbers) for numbers in zip(*(one[name] for one in told), strict=True)] for name in counts}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.capture import InputStats
 from awq.algorithm.groups import ScaleGroup, fold
-from awq.algorithm.solution import Linears
+from awq.algorithm.solution import Linears, Solution
 
 SLACK = 1e-6  # what float32 leaves between two equal losses
 
@@ -67,3 +67,13 @@ class Folded:
             consumer.scale_input(columns, shared[key], self.group.producer)
         if self.group.producer in linears:
             self.group.rows(linears[self.group.producer].row_scale).mul_(scale.view(self.group.parts, -1))
+
+
+def undo_worse(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
+    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
+    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
+    worse = [made for made in folds if made.is_worse(losses)]
+    for made in worse:
+        made.undo(block, linears)
+        folds.remove(made)
+    return bool(worse)

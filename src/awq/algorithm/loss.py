@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from awq.algorithm.ranks import row_sums
 
 
 def output_error(delta: Tensor, gram: Tensor) -> Tensor:
@@ -11,7 +12,12 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
 
     delta: float32 [out_features, in_features], gram: float32 [in_features, in_features]
     """
-    return torch.sum((delta @ gram) * delta)
+    return row_sums([delta], lambda _place, part: row_errors(delta[part], gram))[0]
+
+
+def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
+    """What each row adds to `output_error`, float32 [out_features]."""
+    return ((delta @ gram) * delta).sum(1)
 
 
 def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:

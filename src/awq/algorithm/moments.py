@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
 RIDGES = (0.2, 0.6, 2.0)
@@ -34,25 +37,41 @@ class Moments:
     tokens: float = 0
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> Self:
-        zeros = torch.zeros(in_features, in_features, device=device)
-        return cls(zeros, zeros.clone())
+    def empty(
+        cls,
+        in_features: int,
+        device: torch.device,
+        lag: Mapping[str, int] | None = None,
+        missed: Mapping[str, int] | None = None,
+    ) -> Self:
+        """lag, missed: out_features by linear"""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return cls(
+            zeros(in_features, in_features),
+            zeros(in_features, in_features),
+            {name: zeros(rows, in_features) for name, rows in (lag or {}).items()},
+            {name: zeros(rows) for name, rows in (missed or {}).items()},
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.gram, self.drift, *self.lag.values(), *self.missed.values()]
 
     @property
     def usable(self) -> bool:
-        return self.tokens > 0 and all(
-            bool(part.isfinite().all()) for part in (self.gram, self.drift, *self.lag.values(), *self.missed.values())
-        )
+        return self.tokens > 0 and all(bool(part.isfinite().all()) for part in self.tensors())
 
     def add(self, x: Tensor, drift: Tensor | None, lag: Mapping[str, Tensor], count: float | None = None) -> None:
         """x, drift: [tokens, in]; None for no difference. lag: [tokens, out] by linear.
 
         count: what the rows count together, where some are multiplied by the root of a weight
         """
-        self.gram += x.t() @ x
+        self.gram.addmm_(x.t(), x)
         self.tokens += x.shape[0] if count is None else count
         if drift is not None:
-            self.drift += drift.t() @ x
+            self.drift.addmm_(drift.t(), x)
         for name, g in lag.items():
             self._sum(self.lag, name, g.t() @ x)
 
@@ -66,39 +85,61 @@ class Moments:
 
     @staticmethod
     def _sum(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums[name].add_(value) if name in sums else value
 
     def finish(self) -> None:
-        count = self.tokens or 1
-        self.gram /= count
-        self.drift /= count
-        self.lag = {name: total / count for name, total in self.lag.items()}
-        self.missed = {name: total / count for name, total in self.missed.items()}
+        for total in self.tensors():
+            here().complete(total)
+            total /= self.tokens or 1
 
     def inputs_alone(self) -> Moments:
         """These without what only the search for a target needs."""
         return Moments(self.gram, torch.empty(0), tokens=self.tokens)
 
     def wanted(self, name: str, weight: Tensor) -> Tensor:
-        """(target - W x) x^T for the linear `name` with `weight` W, [out, in]."""
-        wanted = weight @ self.drift
-        return wanted + RESIDUAL * self.lag[name] if name in self.lag else wanted
+        """(target - W x) x^T for the linear `name` with `weight` W, [out, in]: the rows that this rank takes of it."""
+
+        def wanted(part: slice) -> Tensor:
+            rows = weight[part] @ self.drift
+            return rows.add_(self.lag[name][part], alpha=RESIDUAL) if name in self.lag else rows
+
+        return own_rows(weight, wanted, torch.empty_like(weight))
 
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
+        return next(self.corrections(weights, (ridge,)))
+
+    def corrections(self, weights: Mapping[str, Tensor], ridges: Sequence[float]) -> Iterator[dict[str, Tensor]]:
+        """`corrected` for one ridge after the other."""
+        for factor in by_turns([partial(self._factor, ridge) for ridge in ridges], self.gram):
+            if factor[0, 0].isnan():
+                yield dict(weights)
+            else:
+                yield {name: self._corrected(name, weight, factor) for name, weight in weights.items()}
+
+    def _factor(self, ridge: float) -> Tensor:
+        """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
         damped = self.gram.clone()
         damped.diagonal().add_(ridge * self.gram.diagonal().mean() + torch.finfo(self.gram.dtype).tiny)
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
-        if failed:
-            return dict(weights)
-        return {
-            name: weight + torch.cholesky_solve(self.wanted(name, weight).t(), lower).t()
-            for name, weight in weights.items()
-        }
+        factor: Tensor = lower.t().contiguous()  # as it lies in memory
+        return factor.fill_(torch.nan) if failed else factor
+
+    def _corrected(self, name: str, weight: Tensor, factor: Tensor) -> Tensor:
+        wanted = self.wanted(name, weight)
+
+        def corrected(part: slice) -> Tensor:
+            return weight[part] + torch.cholesky_solve(wanted[part].t(), factor.t()).t()
+
+        return by_rows(weight, corrected, torch.empty_like(weight))
 
     def row_losses(self, name: str, weight: Tensor, wanted: Tensor, trial: Tensor) -> Tensor:
         """The squared distance of `trial`'s output to the target of `weight`, float32 [out]."""
-        delta = trial - weight
-        rows = (delta @ self.gram).sub_(wanted, alpha=2).mul_(delta).sum(1)
+
+        def losses(part: slice) -> Tensor:
+            delta = trial[part] - weight[part]
+            return (delta @ self.gram).sub_(wanted[part], alpha=2).mul_(delta).sum(1)
+
+        rows = by_rows(weight, losses, weight.new_empty(len(weight)))
         return rows + self.missed[name] if name in self.missed else rows

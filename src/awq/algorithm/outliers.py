@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from awq.algorithm.ranks import by_rows
 from awq.algorithm.solution import Solution
 from awq.config import MAX_OUTLIER_RATIO
 from awq.packing import Outliers
@@ -100,11 +101,15 @@ class Budget:
         most = min(self.left / rows, MOST_SHARES * self.ratio * len(gram), MAX_OUTLIER_RATIO * len(gram))
         if int(most) == 0:
             return {}
-        missing = {name: -(coded.delta @ gram) for name, coded in solution.coded.items()}
+        missing = {name: _missing(coded.delta, gram) for name, coded in solution.coded.items()}
         channels = choose_by_gain(list(missing.values()), gram, int(most))
         kept = _lower(solution, channels, {name: least_squares(part, channels, gram) for name, part in missing.items()})
         self.left -= rows * len(channels) if kept else 0
         return kept
+
+
+def _missing(delta: Tensor, gram: Tensor) -> Tensor:
+    return by_rows(delta, lambda part: -(delta[part] @ gram), torch.empty_like(delta))
 
 
 def choose_by_gain(missing: Sequence[Tensor], gram: Tensor, count: int) -> Tensor:

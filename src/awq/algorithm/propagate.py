@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import Chunk, Stop, enter_model, fast_matmul
+from awq.algorithm.capture import Chunk, Stop, fast_matmul, in_chunks
+from awq.algorithm.enter import enter_dealt
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.moments import Moments
+from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
 from awq.algorithm.routing import replayed_routing
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.stream import BLOCK
@@ -27,15 +29,16 @@ Seen = dict[str, Tensor]
 def enter_both(
     model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
 ) -> list[Chunk]:
-    """`enter_model`, with the sequences that are held out in chunks of their own; of a single one, none is."""
+    """`enter_dealt`, with the sequences that are held out in chunks of their own; of a single one, none is."""
     held = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     if len(tokens) > 1 and not held.any():
         held[-1] = True
-    chunks = enter_model(model, blocks, tokens[~held], device, weights)
-    for chunk in enter_model(model, blocks, tokens[held], device, weights) if held.any() else ():
+    chunks = enter_dealt(model, blocks, tokens[~held], device, weights)
+    first = len(in_chunks(tokens[~held]))
+    for chunk in enter_dealt(model, blocks, tokens[held], device, weights, first) if held.any() else ():
         chunk.held_out = True
         chunks.append(chunk)
-    return chunks
+    return sorted(chunks, key=lambda chunk: chunk.number % LANES)
 
 
 @contextmanager
@@ -95,31 +98,35 @@ class Propagation:
     def like(self) -> Siblings:
         return Siblings(self.block)
 
-    @cached_property
-    def everything(self) -> set[int]:
-        """The numbers of tokens in a chunk."""
+    def __post_init__(self) -> None:
         shapes = self.inputs.shapes if isinstance(self.inputs, ParkedList) else [x.shape for x in self.inputs]
-        return {shape[:-1].numel() for shape in shapes}
+        told = here().tell([shape[:-1].numel() for shape in shapes])
+        self.everything = {count for counts in told for count in counts}  # the numbers of tokens in a chunk
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
         """For each set of linears that read one input, the moments to fit, and the held-out ones to judge by.
 
         A set holds, by linear, what its columns have been multiplied by in folds.
         """
-        results = [(_empty(scales), _empty(scales)) for scales in sets]
-        all_fit = not any(chunk.held_out for chunk in self.chunks)
+        all_fit = not any(here().tell(any(chunk.held_out for chunk in self.chunks)))
+        results = {held_out: [self._empty(scales) for scales in sets] for held_out in (False, True)}
+        lane = [self._empty(scales) for scales in sets]
         weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
+        runs = zip(self.entering(), self.exact, self.routing, strict=True)
         with fast_matmul(), replaced_weights(self.block, self.done):
-            for (chunk, before), exact, routing in zip(self.entering(), self.exact, self.routing, strict=True):
-                with replayed_routing(self.block, routing):
-                    seen = self._run(chunk, before, sets)
-                for scales, own, (fit, held) in zip(sets, weights, results, strict=True):
-                    judged = own if chunk.held_out or all_fit else {}
-                    moments, tokens = held if chunk.held_out else fit, before.shape[:-1].numel()
-                    self._add(moments, scales, exact, seen, judged, tokens)
-        for moments in (moments for pair in results for moments in pair):
+            for together in rounds(runs, lambda run: run[0][0].number):
+                parts = in_turn(together, lambda run: run[0][0].held_out, results)
+                for (held_out, totals), part in zip(results.items(), parts, strict=True):
+                    for (chunk, before), exact, routing in part:
+                        with replayed_routing(self.block, routing):
+                            seen = self._run(chunk, before, sets)
+                        for moments, scales, own in zip(lane, sets, weights, strict=True):
+                            judged = own if held_out or all_fit else {}
+                            self._add(moments, scales, exact, seen, judged, before.shape[:-1].numel())
+                    fold(totals, lane)
+        for moments in (*results[False], *results[True]):
             moments.finish()
-        return [(fit, fit if all_fit else held) for fit, held in results]
+        return list(zip(results[False], results[not all_fit], strict=True))
 
     def advance(self) -> None:
         """Move the quantized stream on to the block's output."""
@@ -166,14 +173,15 @@ class Propagation:
         moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
         moments.add_missed(judged, drift, lag)
 
+    def _empty(self, scales: Mapping[str, Tensor]) -> Moments:
+        scale = next(iter(scales.values()))
+        rows = {name: len(_weight(self.block.get_submodule(name))) for name in scales}
+        lag = {name: count for name, count in rows.items() if name in self.residuals}
+        return Moments.empty(len(scale), scale.device, lag, rows)
+
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
         return len(x) in self.everything or self.like.routed(name)
-
-
-def _empty(scales: Mapping[str, Tensor]) -> Moments:
-    scale = next(iter(scales.values()))
-    return Moments.empty(len(scale), scale.device)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from awq.algorithm.affine import Affine
 from awq.algorithm.capture import fast_matmul
+from awq.algorithm.loss import row_errors
+from awq.algorithm.ranks import by_rows
 
 _RIDGE = 1e-6  # relative; keeps the systems of all-zero groups solvable
 
@@ -18,15 +20,23 @@ def refit_scales(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> A
 
     A row keeps its old scales where the new ones, as float16 stores them, are not better. Zeros stay as they are.
     """
+
+    def refitted(part: slice) -> Tensor:
+        return _refitted(weight[part], codes[part], grid.rows(part), gram)
+
+    return replace(grid, scales=by_rows(weight, refitted, torch.empty_like(grid.scales)))
+
+
+def _refitted(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Tensor:
     groups = grid.scales.shape[1]
     steps = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes)  # code - zero
     with fast_matmul():
         scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
     with fast_matmul(enabled=False):
         refitted = replace(grid, scales=scales)
-        better = _row_errors(refitted.decode(codes) - weight, gram) < _row_errors(grid.decode(codes) - weight, gram)
+        better = row_errors(refitted.decode(codes) - weight, gram) < row_errors(grid.decode(codes) - weight, gram)
     keep = better & (scales > 0).all(1)
-    return replace(grid, scales=torch.where(keep.unsqueeze(1), scales, grid.scales))
+    return torch.where(keep.unsqueeze(1), scales, grid.scales)
 
 
 def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
@@ -42,7 +52,3 @@ def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
     solution: Tensor = torch.linalg.solve_ex(normal, right)[0]
     return solution
-
-
-def _row_errors(delta: Tensor, gram: Tensor) -> Tensor:
-    return ((delta @ gram) * delta).sum(1)

@@ -6,7 +6,7 @@ Plain rounding is `Affine.encode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from awq.algorithm.affine import Affine
 from awq.algorithm.capture import fast_matmul
+from awq.algorithm.ranks import share, slabs, taken
 
 DAMPING = 0.05  # of the mean diagonal, added to the diagonal; 0.01 to 0.3 measured alike
 _STRONGER = 10.0  # where the Gram matrix is not positive definite
@@ -62,22 +63,41 @@ def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: Colum
     factor = _inverse_factor(gram[order.unsqueeze(1), order])
     if factor is None:
         return None
+    parts = slabs(weight)
+    own = taken(parts)
+    if len(own) == len(parts):
+        return _round(weight, grid, order, factor, columns, _sizes(own))
+    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
+    if own:
+        rows = slice(own[0].start, own[-1].stop)
+        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own))
+        result.codes[rows], result.unrounded[rows] = rounded
+    return Rounded(*(share(parts, values) for values in result))
+
+
+def _sizes(parts: Sequence[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
+
+
+def _round(
+    weight: Tensor, grid: Affine, order: Tensor, factor: Tensor, columns: ColumnLoop, sizes: list[int]
+) -> Rounded:
+    """sizes: of the slabs of rows that make a product each; the column loop takes them all at once"""
     group = order // (weight.shape[1] // grid.scales.shape[1])
-    rest, scales, zeros = (values.t()[index] for values, index in _rows(weight, grid, order, group))
+    rest, scales, zeros = (
+        values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
+    )
     codes, pivots = torch.empty_like(rest, dtype=torch.uint8), factor.diagonal().unsqueeze(1)
     with fast_matmul(enabled=False):
         for start in range(0, len(order), columns.columns):
             part, later = slice(start, start + columns.columns), slice(start + columns.columns, None)
             mine = rest[part], factor[part, part], scales[part], zeros[part]
             codes[part], errors = columns.round(*mine, 2**grid.bits - 1)
-            rest[later] -= factor[part, later].t() @ errors
+            for slab, some in zip(rest[later].split(sizes, 1), errors.split(sizes, 1), strict=True):
+                slab -= factor[part, later].t() @ some.contiguous()  # as long a row for any number of ranks
             rest[part] = errors * pivots[part] / scales[part] + codes[part]
     back = order.argsort()
     return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
-
-
-def _rows(weight: Tensor, grid: Affine, order: Tensor, group: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    return (weight, order), (grid.scales, group), (grid.zeros, group)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor | None:

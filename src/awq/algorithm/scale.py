@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from awq.algorithm.capture import InputStats, fast_matmul
-from awq.algorithm.loss import output_error
+from awq.algorithm.loss import row_errors
+from awq.algorithm.ranks import row_sums
 
 GRID = 20
 Round = Callable[[Tensor], Tensor]
@@ -65,10 +66,15 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
 def _errors(consumers: Sequence[Consumer], round_weight: Round, scale: Tensor) -> Tensor:
     """Output error by role when the weights are rounded under `scale` [in_features]."""
     most = max(consumer.tokens for consumer in consumers)
+
+    def rows(place: int, part: slice) -> Tensor:
+        weight = consumers[place].weight[part]
+        return row_errors(round_weight(weight * scale) / scale - weight, consumers[place].stats.gram)
+
     roles: dict[str, Tensor] = {}
-    for consumer in consumers:
-        delta = round_weight(consumer.weight * scale) / scale - consumer.weight
-        error = output_error(delta, consumer.stats.gram) * (consumer.tokens / most)
+    errors = row_sums([consumer.weight for consumer in consumers], rows)
+    for consumer, error in zip(consumers, errors, strict=True):
+        error = error * (consumer.tokens / most)
         roles[consumer.role] = roles[consumer.role] + error if consumer.role in roles else error
     return torch.stack(list(roles.values()))
 

@@ -122,6 +122,11 @@ class Solution:
     fit: Moments | None = None
     held_out: Moments | None = None
 
+    @classmethod
+    def judged(cls, linears: Linears, coded: dict[str, Coded], fit: Moments, held_out: Moments) -> Self:
+        """What the search for targets alone needed of the moments is let go of."""
+        return cls(linears, coded, fit if fit is held_out else fit.inputs_alone(), held_out)
+
     @property
     def weights(self) -> dict[str, Tensor]:
         """The int4 alone, by linear."""

@@ -39,8 +39,7 @@ def solve_propagated(
     if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
         return solve(linears, config)
     judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
-    coded = _compensate(judges, fit, config, columns)
-    return Solution(linears, coded, fit.inputs_alone() if fit is not held_out else fit, held_out)
+    return Solution.judged(linears, _compensate(judges, fit, config, columns), fit, held_out)
 
 
 def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop) -> dict[str, Coded]:
@@ -71,9 +70,10 @@ def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
     weights = {name: judge.linear.weight for name, judge in judges.items()}
     best = dict(weights)
     losses = {name: judge(weights[name]) for name, judge in judges.items()}
+    corrections = fit.corrections(weights, RIDGES)
     for ridge in RIDGES:
         with fast_matmul(enabled=False):
-            trials = fit.corrected(weights, ridge)
+            trials = next(corrections)
         trial_losses = {name: judges[name](trial) for name, trial in trials.items()}
         better = [name for name, loss in trial_losses.items() if loss < losses[name]]
         best |= {name: trials[name] for name in better}

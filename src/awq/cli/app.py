@@ -16,10 +16,10 @@ from awq.cli.generate import generate
 from awq.cli.hardware import hardware
 from awq.cli.inspect import inspect
 from awq.cli.measure import bench, evaluate
-from awq.cli.output import say
+from awq.cli.output import is_first_process, say
 from awq.cli.push import push
 from awq.cli.quantize import quantize
-from awq.errors import AwqError
+from awq.errors import AwqError, EndedElsewhereError
 
 # click's UsageError, which typer bundles in newer versions and imports in older ones.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -42,10 +42,12 @@ class Commands(TyperGroup):
         try:
             result = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
-            say(f"error: {_usage_sentence(error)}")
+            _say_once(f"error: {_usage_sentence(error)}")
+            result = EXIT_WRONG_INPUT
+        except EndedElsewhereError:
             result = EXIT_WRONG_INPUT
         except AwqError as error:
-            say(f"error: {' '.join(str(error).split())}")
+            _say_once(f"error: {' '.join(str(error).split())}", error.ended_all)
             result = EXIT_WRONG_INPUT
         code = result if isinstance(result, int) else 0
         return sys.exit(code) if standalone_mode else code
@@ -54,8 +56,14 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            say(" ".join(["interrupted.", *map(str, interrupt.args)]))
+            _say_once(" ".join(["interrupted.", *map(str, interrupt.args)]))
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _say_once(text: str, mine: bool = False) -> None:
+    """A line that all of torchrun's processes have come to, or this one alone."""
+    if mine or is_first_process():
+        say(text)
 
 
 def _usage_sentence(error: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 # Tables that go to a file or a pipe are not squeezed into 80 columns.
 _PIPE_WIDTH = 160
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of torchrun's processes that prints results; alone, it is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from awq.cli import options
-from awq.cli.output import format_bytes, print_facts, print_json, say
+from awq.cli.output import format_bytes, is_first_process, print_facts, print_json, say
 from awq.config import MAX_OUTLIER_RATIO, QuantConfig
 from awq.errors import ConfigError
 
@@ -127,6 +127,8 @@ def quantize(
         host_memory=host_memory,
         whole=whole,
     )
+    if not is_first_process():
+        return
     url = hub.push(hub.prepare(finished.path, push_to_hub), private) if push_to_hub else None
     _show(finished, url, as_json)
     if url:
