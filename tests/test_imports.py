@@ -58,7 +58,7 @@ ALLOWED = {
     "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
     "elsewhere": {"algorithm", "checkpoint", "run", "stored"},
     "job": {"algorithm", "checkpoint", "effort", "elsewhere", "experts", "linears", "memory", "names", "plan"}
-    | {"progress", "run", "save", "source", "stages", "stored", "weights"}
+    | {"processes", "progress", "run", "save", "source", "stages", "stored", "weights"}
     | GROUND,
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
     | {"plan", "processes", "progress", "run", "save", "source", "stages"}

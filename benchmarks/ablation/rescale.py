@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import lifted
-from awq.algorithm.enter import enter_model
+from awq.algorithm.capture import enter_model, lifted
 from awq.algorithm.groups import find_structure, fold
 
 # Factors from 2**-0.5 to 2**0.5: far off the grid, and no channel becomes salient by it.

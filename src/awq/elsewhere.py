@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from awq.algorithm.ranks import here
 from awq.checkpoint.journal import Entry
@@ -34,9 +33,8 @@ class Elsewhere:
         linears = {name: result.report for name, result in solved.results.items()}
         self.done.append({"block": solved.name, "linears": linears})
 
-    def parameters(self, _index: int, _device: torch.device) -> dict[str, Tensor]:
-        """Nothing: the first process hands them out."""
-        return {}
+    def parameters(self, _index: int, _device: torch.device) -> None:
+        """The first process hands them out."""
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from awq.linears import as_linear
 from awq.memory import Limits, Place, plan_activations
 from awq.names import by_stored_names
 from awq.plan import Plan, make_plan
+from awq.processes import on_this_machine
 from awq.progress import track
 from awq.run import Run, Solved, Target, in_background
 from awq.save import by_the_first, model_config
@@ -91,7 +92,7 @@ def run_job(
     identity = {"recipe": report["recipe"], "versions": report["versions"], "shard_bytes": target.shard_bytes}
     stored = Stored(job.outline, job.planned)
     outline: Any = job.outline.get_submodule(job.planned.blocks)
-    blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path))
+    blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path), on_this_machine())
     activations = plan_activations(outline, job.planned.config, tokens.shape, place)
     with open_run(target, stored, identity) as run, _continued(run, blocks), job.weights:
         if len(run.done) < blocks:

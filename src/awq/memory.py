@@ -25,7 +25,7 @@ _MEMORY, _CONTAINER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may use, in bytes; None for most of what is free."""
+    """What a run may use, in bytes; None for most of what is free."""
 
     gpu: int | None = None
     host: int | None = None
@@ -78,6 +78,7 @@ class Place:
     device: torch.device
     limits: Limits
     folder: Path
+    processes: int = 1  # that share the host's memory
 
     @property
     def kind(self) -> str:
@@ -93,7 +94,7 @@ class Place:
         return self.limits.gpu or int(SHARE * torch.cuda.mem_get_info(self.device)[0])
 
     def host_bytes(self) -> int:
-        return self.limits.host or int(SHARE * free_host()) // processes_here()
+        return (self.limits.host or int(SHARE * free_host())) // self.processes
 
     def spill(self, size: int) -> Tensor:
         """Memory in a file without a name, gone when it is let go of; AwqError where the disk has no room."""
@@ -107,11 +108,6 @@ class Place:
             raise AwqError(
                 f"{self.folder} has no room for activations ({error}): free some space, or give more --host-memory."
             ) from error
-
-
-def processes_here() -> int:
-    """How many processes torchrun has started on this machine: what is free there is for all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_host() -> int:

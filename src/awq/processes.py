@@ -140,6 +140,11 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
+def on_this_machine() -> int:
+    """How many of the processes share this machine's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _world() > 1 else 1
+
+
 def agree(what: str, value: Mapping[str, Any]) -> None:
     """ConfigError where `value`, as JSON has it, is not the same on all ranks."""
     told = here().tell(value)

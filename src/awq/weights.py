@@ -76,10 +76,14 @@ class DiskWeights:
             self._read_ahead(index + 1)
         self._check(f"{name}.{own}" for own, p in self.blocks[index].named_parameters() if p.is_meta)
         check_finite(self.blocks[index], self.name, f"{name}.")
+        modules = dict(self.blocks[index].named_modules())
         self.prepare(name)
         try:
             yield
         finally:
+            for own, module in modules.items():  # what is loaded the next time is what the files hold
+                if own and self.blocks[index].get_submodule(own) is not module:
+                    self.blocks[index].set_submodule(own, module)
             _release(self.blocks[index])
 
     def __enter__(self) -> Self:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from awq.algorithm.blocks import QuantizedLinear, find_blocks, quantize_blocks
-from awq.algorithm.enter import enter_model
+from awq.algorithm.capture import enter_model
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
 from tests.efforts import every_effort

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import lifted
-from awq.algorithm.enter import enter_model
+from awq.algorithm.capture import enter_model, lifted
 from awq.algorithm.groups import ScaleGroup, find_structure, fold
 from tests.tiny import random_tokens, tiny_llama
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import InputStats
 from awq.algorithm.moments import RIDGES, Moments
 from awq.algorithm.solution import Judge, Linear
 from awq.algorithm.solve import _targets
+from awq.algorithm.stats import InputStats
 from awq.config import QuantConfig
 
 CPU = torch.device("cpu")

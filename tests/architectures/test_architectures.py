@@ -11,8 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import Chunk
-from awq.algorithm.enter import enter_model
+from awq.algorithm.capture import Chunk, enter_model
 from awq.algorithm.groups import Structure, find_structure, fold
 from awq.calibration import CalibrationSet
 from awq.config import QuantConfig

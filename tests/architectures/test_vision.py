@@ -14,7 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from awq import AutoAWQForCausalLM
 from awq.algorithm.blocks import find_blocks
-from awq.algorithm.enter import enter_model
+from awq.algorithm.capture import enter_model
 from awq.algorithm.groups import fold
 from awq.calibration import CalibrationSet
 from awq.checkpoint.read import open_checkpoint

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import InputStats, capture, fast_matmul, lifted
+from awq.algorithm.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
 from awq.algorithm.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.deal import Measured, solve_dealt
-from awq.algorithm.enter import enter_dealt, enter_model
 from awq.algorithm.find import PROBE_TOKENS, find_blocks
-from awq.algorithm.folded import Folded, undo_worse
+from awq.algorithm.folded import Folded, is_alone, scale_group
 from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.learn import learn
@@ -25,10 +24,10 @@ from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.routing import recorded_routing
-from awq.algorithm.scale import Consumer, search_scale
 from awq.algorithm.siblings import Siblings
 from awq.algorithm.solution import Linear, Linears, Solution, column_scales
-from awq.algorithm.solve import plain, solve, solve_propagated
+from awq.algorithm.solve import solve, solve_propagated
+from awq.algorithm.stats import InputStats
 from awq.algorithm.stream import find_residuals
 from awq.config import QuantConfig
 from awq.linears import linear_shape, shared_parameters
@@ -107,11 +106,11 @@ class BlockLoop:
             results = self._solve(block, index, stored_in)
             yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
-    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor]) -> None:
+    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor] | None) -> None:
         """Move on behind a block that is done.
 
         left: what it left of the budget. quantized: its parameters as `solved` left them, by their name in it, those of
-        the quantized linears as the int4 alone has them; rank 0's serve all ranks.
+        the quantized linears as the int4 alone has them; on other ranks than the first, None.
         """
         block, self.budget.left = self.blocks[index], left
         with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
@@ -121,7 +120,7 @@ class BlockLoop:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
             if self._propagates(index):
                 for parameter, value in block.named_parameters():
-                    if here().rank == 0:
+                    if quantized is not None:
                         value.data.copy_(quantized[parameter])
                     value.data.copy_(here().hand_out(value.data.contiguous()))
                 Propagation(block, index, self.chunks, inputs).advance()
@@ -137,58 +136,24 @@ class BlockLoop:
     def _solve(self, block: nn.Module, index: int, stored_in: torch.dtype) -> Results:
         config, like = self.config, Siblings(block)
         with self.stage("capture"):
-            structure, stats, counts, streams = self._look(block, index)
+            structure, stats, counts, streams = _look(block, index, self.chunks, self.probe, self.propagated)
         linears = self._linears(block, index, stats)
         count_tokens(linears, like, counts)
-        groups = [group for group in structure.groups if config.scale and _alone(block, group, self.shared)]
-        made = (_scale_group(block, group, linears, like, config, stored_in) for group in groups)
+        groups = [group for group in structure.groups if config.scale and is_alone(block, group, self.shared)]
+        made = (scale_group(block, group, linears, like, config, stored_in) for group in groups)
         folds = [folded for folded in made if folded]
         sets = input_sets(structure, linears)
         if not self._propagates(index):
             return _plainly(sets, config)
         with every_expert(block, self.chunks):
             solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
-            while undo_worse(folds, solutions, block, linears):
+            while _undone(folds, solutions, block, linears):
                 streams.done.clear()
                 solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
         if config.effort == "max":
             solutions = _learn(streams, solutions, groups, stored_in)
         streams.advance()
         return _finished(solutions, config, self.budget)
-
-    def _look(self, block: nn.Module, index: int) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
-        """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
-
-        The chunks move on to its output.
-        """
-        chunks, probe, propagated = self.chunks, self.probe, self.propagated
-        inputs = ParkedList([chunk.parked for chunk in chunks])
-        probe.hidden = here().hand_out(
-            inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
-        )
-
-        def run() -> Tensor:
-            return probe.run(index, block, probe.hidden)
-
-        with fast_matmul(enabled=False):
-            structure = find_structure(block, run)
-            residuals = find_residuals(block, run, probe.hidden) if propagated else {}
-        points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
-        like = Siblings(block)
-
-        def share(name: str) -> str:
-            columns = linear_shape(block.get_submodule(name)) or (0,)
-            return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
-
-        with (
-            every_expert(block, chunks),
-            counted(block) as counts,
-            fast_matmul(),
-            recorded(block, points, activations=self.activations) as exact,
-            recorded_routing(block) as routing,
-        ):
-            stats = capture(block, index, chunks, structure.input_sets, share)
-        return structure, stats, in_all(counts), Propagation(block, index, chunks, inputs, exact, residuals, routing)
 
     def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
         """The linears to quantize, with what is known of their inputs."""
@@ -265,32 +230,53 @@ def _learn(
     return solutions
 
 
+def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
+    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
+    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
+    worse = [made for made in folds if made.is_worse(losses)]
+    for made in worse:
+        made.undo(block, linears)
+        folds.remove(made)
+    return bool(worse)
+
+
+def _look(
+    block: nn.Module, index: int, chunks: list[Chunk], probe: Chunk, propagated: bool
+) -> tuple[Structure, dict[str, InputStats], Counts, Propagation]:
+    """The block's structure, its inputs' statistics, its experts' tokens, and both streams before it.
+
+    The chunks move on to its output.
+    """
+    inputs = ParkedList([chunk.parked for chunk in chunks])
+    probe.hidden = here().hand_out(
+        inputs[0][:1, : probe.hidden.shape[1]].clone() if here().rank == 0 else torch.empty_like(probe.hidden)
+    )
+
+    def run() -> Tensor:
+        return probe.run(index, block, probe.hidden)
+
+    with fast_matmul(enabled=False):
+        structure = find_structure(block, run)
+        residuals = find_residuals(block, run, probe.hidden) if propagated else {}
+    points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
+    like = Siblings(block)
+
+    def share(name: str) -> str:
+        columns = linear_shape(block.get_submodule(name)) or (0,)
+        return like.role(name) if 4 * columns[0] ** 2 * len(like.numbers(name)) > STATS_BYTES else name
+
+    with (
+        every_expert(block, chunks),
+        counted(block) as counts,
+        fast_matmul(),
+        recorded(block, points, activations=chunks[0].activations if chunks else None) as exact,
+        recorded_routing(block) as routing,
+    ):
+        stats = capture(block, index, chunks, structure.input_sets, share)
+    return structure, stats, in_all(counts), Propagation(block, index, chunks, inputs, exact, residuals, routing)
+
+
 def storage_dtype(block: nn.Module) -> torch.dtype:
     """What the block's norms are stored in: their own half precision, float16 for a float32 model."""
     dtype = next(block.parameters()).dtype
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
-    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
-    modules = map(block.get_submodule, (group.producer, *group.consumers))
-    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
-
-
-def _scale_group(
-    block: nn.Module,
-    group: ScaleGroup,
-    linears: Linears,
-    like: Siblings,
-    config: QuantConfig,
-    stored_in: torch.dtype,
-) -> Folded | None:
-    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
-    if not all(linears[name].usable for name in reached):
-        return None
-    consumers = [
-        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
-        for name, linear in ((name, linears[name]) for name in reached)
-    ]
-    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
-    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

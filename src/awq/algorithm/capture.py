@@ -1,62 +1,26 @@
-"""Run one block over the calibration text and keep what the search needs of its inputs."""
+"""Run one block over the calibration text and keep what the search needs of its inputs. All device moves live here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, Kept, Parked
-from awq.algorithm.ranks import fold, here, rounds
+from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.ranks import fold, mine, rounds
 from awq.algorithm.siblings import Siblings
+from awq.algorithm.stats import InputStats
 from awq.errors import UnsupportedModelError
 
 # The unit of every forward and Gram product, summed in fixed order: results do not depend on the memory at hand, nor on
 # the number of processes.
 CHUNK_TOKENS = 2048
-
-
-@dataclass
-class InputStats:
-    """Second moments of a linear's input x over the calibration text.
-
-    gram:     float32 [in_features, in_features], the mean of x x^T over the tokens
-    mean_abs: float32 [in_features], the mean of |x|
-    """
-
-    gram: Tensor
-    mean_abs: Tensor
-    tokens: float = 0
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> Self:
-        return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
-
-    def add(self, x: Tensor, weight: float = 1) -> None:
-        x = x.reshape(-1, x.shape[-1])
-        self.gram.addmm_(x.t(), x, alpha=weight)
-        self.mean_abs += x.abs().sum(0) * weight
-        self.tokens += x.shape[0] * weight
-
-    def tensors(self) -> list[Tensor]:
-        return [self.gram, self.mean_abs]
-
-    def finish(self) -> None:
-        for total in self.tensors():
-            here().complete(total)
-            total /= self.tokens or 1
-
-    def rescaled(self, scale: Tensor) -> InputStats:
-        """The statistics of x / scale."""
-        return replace(self, gram=self.gram / scale / scale.unsqueeze(1), mean_abs=self.mean_abs / scale)
-
-    @property
-    def finite(self) -> bool:
-        return bool(self.gram.isfinite().all())
 
 
 @dataclass
@@ -121,8 +85,127 @@ class Stop(BaseException):
     """Ends a forward once what is wanted has been seen; no `except Exception` on the way may catch it."""
 
 
+def enter_model(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
+) -> list[Chunk]:
+    """What each block would be given for `tokens` [sequences, seq_len], the blocks themselves passed over.
+
+    Only the embedding runs: every block is replaced by one that notes how it was called and hands its input on. The
+    first is run once, on a few tokens, to see what a block returns.
+    """
+    return _entered(model, blocks, list(enumerate(in_chunks(tokens))), device, weights)
+
+
+def enter_dealt(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    device: torch.device,
+    weights: Weights = IN_MEMORY,
+    first: int = 0,
+) -> list[Chunk]:
+    """`enter_model` with the chunks that this rank takes, lane by lane; the first of all is number `first`."""
+    parts = dict(enumerate(in_chunks(tokens), first))
+    return _entered(model, blocks, [(number, parts[number]) for number in mine(list(parts))], device, weights)
+
+
 def in_chunks(tokens: Tensor) -> tuple[Tensor, ...]:
     return torch.split(tokens, max(1, CHUNK_TOKENS // tokens.shape[1]))
+
+
+def _entered(
+    model: nn.Module, blocks: nn.ModuleList, parts: list[tuple[int, Tensor]], device: torch.device, weights: Weights
+) -> list[Chunk]:
+    outputs = _count_outputs(model, blocks, parts[0][1][:1, :8], device, weights) if parts else 0
+    chunks = [_enter(model, blocks, part, outputs, device) for _, part in parts]
+    for chunk, (number, _) in zip(chunks, parts, strict=True):
+        chunk.number = number
+    return chunks
+
+
+def _enter(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, outputs: int, device: torch.device) -> Chunk:
+    inputs: list[Tensor] = []
+    calls: list[Call | None] = []
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # what blocks share, such as masks and rotary tables, is moved once
+
+    def pass_through(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        inputs.append(hidden)
+        calls.extend([None] * (_next_index(blocks, block, len(calls)) - len(calls)))
+        calls.append(Call(_moved(tuple(rest), device, moved), _moved(kwargs, device, moved)))
+        if len(calls) == len(blocks):
+            raise Stop
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
+
+    with _replaced_forward(list(blocks), pass_through):
+        _forward(model, tokens)
+    calls.extend([None] * (len(blocks) - len(calls)))
+    return Chunk(_moved(inputs[0], device, moved), calls)
+
+
+def _next_index(blocks: nn.ModuleList, block: nn.Module, start: int) -> int:
+    index = next((i for i in range(start, len(blocks)) if blocks[i] is block), None)
+    if index is None:
+        raise UnsupportedModelError(
+            f"{type(block).__name__} runs again after later blocks: models are quantized block by block, in one pass."
+        )
+    return index
+
+
+def _count_outputs(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights
+) -> int:
+    """How many values a block returns, 0 for a bare tensor."""
+    seen: list[int] = []
+    numbers = {block: index for index, block in reversed(list(enumerate(blocks)))}
+    forwards = {block: block.forward for block in numbers}
+
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> None:
+        args, kwargs = _moved(args, device, {}), _moved(kwargs, device, {})
+        with weights.block(numbers[block]), lifted(block, device):
+            output = forwards[block](*args, **kwargs)
+        seen.append(len(output) if isinstance(output, tuple | list) else 0)
+        raise Stop
+
+    with _replaced_forward(list(numbers), run):
+        _forward(model, tokens)
+    return seen[0]
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> None:
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    with suppress(Stop):
+        model(input_ids=tokens.to(device), use_cache=False)
+
+
+@contextmanager
+def _replaced_forward(modules: list[nn.Module], forward: Any) -> Iterator[None]:
+    """`forward`, given the module first, in place of the modules' own."""
+    originals = {module: module.__dict__.get("forward") for module in modules}
+    for module in originals:
+        module.forward = partial(forward, module)
+    try:
+        yield
+    finally:
+        for module, original in originals.items():
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+
+
+def _moved(value: Any, device: torch.device, memo: dict[int, tuple[Tensor, Tensor]]) -> Any:
+    """Tensors anywhere in `value` on `device`, floating ones in float32; `memo` holds those moved before, by id."""
+    if isinstance(value, Tensor):
+        if id(value) not in memo:
+            moved = value.to(device)  # before it is widened: half the bytes to move
+            memo[id(value)] = value, moved.float() if moved.is_floating_point() else moved
+        return memo[id(value)][1]
+    if isinstance(value, dict):
+        return {key: _moved(item, device, memo) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, memo) for item in value)
+    return value
 
 
 @contextmanager

@@ -81,24 +81,24 @@ def _handed_out(
     """The solution on every rank; it is on its owner."""
     coded = {}
     for name, (rounding, corrected, learned) in word["coded"].items():
-        own = _tensors(solution.coded[name]) if solution else _empty(part[name], config)
-        scales, zeros, codes = (here().hand_out(tensor.contiguous(), owner) for tensor in own[:3])
-        target = here().hand_out(own[3].contiguous(), owner) if corrected else part[name].weight
-        unrounded = here().hand_out(own[4].contiguous(), owner) if learned else None
-        coded[name] = Coded(Affine(scales, zeros, config.bits), codes, target, unrounded, rounding, corrected)
-    result = Solution.judged(part, coded, *moments) if moments and word["measured"] else Solution(part, coded)
+        own = _tensors(solution.coded[name]) if solution else _empty(part[name], config, learned)
+        scales, zeros, codes, *unrounded = (here().hand_out(tensor.contiguous(), owner) for tensor in own[1:])
+        target = here().hand_out(own[0].contiguous(), owner) if corrected else part[name].weight
+        grid = Affine(scales, zeros, config.bits)
+        coded[name] = Coded(grid, codes, target, next(iter(unrounded), None), rounding, corrected)
+    result = Solution.measured(part, coded, *moments) if moments and word["measured"] else Solution(part, coded)
     vars(result)["losses"] = {name: (loss, rounding) for name, (loss, rounding) in word["losses"].items()}
     return result
 
 
-def _tensors(coded: Coded) -> tuple[Tensor, ...]:
-    unrounded = () if coded.unrounded is None else (coded.unrounded,)
-    return coded.grid.scales, coded.grid.zeros, coded.codes, coded.target, *unrounded
+def _tensors(coded: Coded) -> list[Tensor]:
+    unrounded = [] if coded.unrounded is None else [coded.unrounded]
+    return [coded.target, coded.grid.scales, coded.grid.zeros, coded.codes, *unrounded]
 
 
-def _empty(linear: Linear, config: QuantConfig) -> tuple[Tensor, ...]:
-    weight = linear.weight
-    size = config.group_size or -1
+def _empty(linear: Linear, config: QuantConfig, learned: bool) -> list[Tensor]:
+    """Room for `_tensors`; `learned`: with what was unrounded."""
+    weight, size = linear.weight, config.group_size or -1
     grid = weight.new_empty(len(weight), 1 if size == -1 else weight.shape[1] // size)
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    return grid, grid.clone(), codes, torch.empty_like(weight), torch.empty_like(weight)
+    unrounded = [torch.empty_like(weight)] if learned else []
+    return [torch.empty_like(weight), grid, grid.clone(), torch.empty_like(weight, dtype=torch.uint8), *unrounded]

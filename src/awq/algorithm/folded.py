@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import InputStats
 from awq.algorithm.groups import ScaleGroup, fold
-from awq.algorithm.solution import Linears, Solution
+from awq.algorithm.scale import Consumer, search_scale
+from awq.algorithm.siblings import Siblings
+from awq.algorithm.solution import Linears
+from awq.algorithm.solve import plain
+from awq.algorithm.stats import InputStats
+from awq.config import QuantConfig
 
 SLACK = 1e-6  # what float32 leaves between two equal losses
 
@@ -69,11 +74,27 @@ class Folded:
             self.group.rows(linears[self.group.producer].row_scale).mul_(scale.view(self.group.parts, -1))
 
 
-def undo_worse(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
-    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
-    worse = [made for made in folds if made.is_worse(losses)]
-    for made in worse:
-        made.undo(block, linears)
-        folds.remove(made)
-    return bool(worse)
+def is_alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:
+    """Whether a fold of `group` changes nothing that the model uses elsewhere too."""
+    modules = map(block.get_submodule, (group.producer, *group.consumers))
+    return not any(id(parameter) in shared for module in modules for parameter in module.parameters())
+
+
+def scale_group(
+    block: nn.Module,
+    group: ScaleGroup,
+    linears: Linears,
+    like: Siblings,
+    config: QuantConfig,
+    stored_in: torch.dtype,
+) -> Folded | None:
+    """The group with the best scale folded in, if any is better than none. stored_in: the dtype of norms"""
+    reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
+    if not all(linears[name].usable for name in reached):
+        return None
+    consumers = [
+        Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
+        for name, linear in ((name, linears[name]) for name in reached)
+    ]
+    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
+    return None if scale is None else Folded.into(block, group, scale, linears, stored_in)

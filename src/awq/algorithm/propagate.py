@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import Chunk, Stop, fast_matmul, in_chunks
-from awq.algorithm.enter import enter_dealt
+from awq.algorithm.capture import Chunk, Stop, enter_dealt, fast_matmul, in_chunks
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.moments import Moments
 from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds

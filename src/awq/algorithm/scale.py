@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq.algorithm.capture import InputStats, fast_matmul
+from awq.algorithm.capture import fast_matmul
 from awq.algorithm.loss import row_errors
 from awq.algorithm.ranks import row_sums
+from awq.algorithm.stats import InputStats
 
 GRID = 20
 Round = Callable[[Tensor], Tensor]

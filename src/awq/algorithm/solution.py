@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.affine import Affine, fit_affine
-from awq.algorithm.capture import InputStats, fast_matmul
+from awq.algorithm.capture import fast_matmul
 from awq.algorithm.loss import output_error
 from awq.algorithm.moments import Moments
+from awq.algorithm.stats import InputStats
 from awq.config import QuantConfig
 
 
@@ -123,9 +124,8 @@ class Solution:
     held_out: Moments | None = None
 
     @classmethod
-    def judged(cls, linears: Linears, coded: dict[str, Coded], fit: Moments, held_out: Moments) -> Self:
-        """What the search for targets alone needed of the moments is let go of."""
-        return cls(linears, coded, fit if fit is held_out else fit.inputs_alone(), held_out)
+    def measured(cls, linears: Linears, coded: dict[str, Coded], fit: Moments, held_out: Moments) -> Self:
+        return cls(linears, coded, fit.inputs_alone() if fit is not held_out else fit, held_out)
 
     @property
     def weights(self) -> dict[str, Tensor]:

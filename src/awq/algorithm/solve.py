@@ -39,7 +39,8 @@ def solve_propagated(
     if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
         return solve(linears, config)
     judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
-    return Solution.judged(linears, _compensate(judges, fit, config, columns), fit, held_out)
+    coded = _compensate(judges, fit, config, columns)
+    return Solution.measured(linears, coded, fit, held_out)
 
 
 def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop) -> dict[str, Coded]:
