@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ SERVER.set_forkserver_preload(["awq.cli.app", "awq.model", "tests.several", "tes
 
 
 def run(size: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -> list[Any]:
-    """What `work(*args)` returns or raises in each of `size` processes, of tiny chunks and slabs, in order."""
+    """What `work(*args)` returns or raises in each of `size` processes, of tiny chunks and slabs, in order.
+
+    None where a process was killed.
+    """
     results = SERVER.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,12 +31,26 @@ def run(size: int, work: Callable[..., Any], *args: Any, seconds: float = 120) -
     for child in children:
         child.start()
     try:
-        found = dict(results.get(timeout=seconds) for _ in children)
+        found = _gather(results, children, time.monotonic() + seconds)
     finally:
         for child in children:
             child.join(5)
             child.kill()
-    return [found[rank] for rank in range(size)]
+    return [found.get(rank) for rank in range(size)]
+
+
+def _gather(results: Any, children: Sequence[Any], deadline: float) -> dict[int, Any]:
+    found: dict[int, Any] = {}
+    while len(found) < len(children):
+        alive = any(child.is_alive() for child in children)
+        try:
+            found.update([results.get(timeout=1)])
+        except queue.Empty:
+            if not alive:
+                return found
+            if time.monotonic() > deadline:
+                raise
+    return found
 
 
 def _child(rank: int, size: int, port: int, results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -42,6 +61,6 @@ def _child(rank: int, size: int, port: int, results: Any, work: Callable[..., An
         os.environ.update({name: str(value) for name, value in place.items()})
     try:
         result = work(*args)
-    except Exception as error:  # noqa: BLE001  whatever it is, the test shows it
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  whatever it is, the test shows it
         result = error
     results.put((rank, result))

@@ -56,8 +56,9 @@ ALLOWED = {
     "stages": set(),
     "memory": {"algorithm", "config", "errors", "linears"},
     "run": {"algorithm", "checkpoint", "errors", "packing", "stored"},
-    "job": {"algorithm", "checkpoint", "effort", "experts", "linears", "memory", "names", "plan", "progress"}
-    | {"processes", "run", "save", "source", "stages", "stored", "weights"}
+    "elsewhere": {"algorithm", "checkpoint", "run", "stored"},
+    "job": {"algorithm", "checkpoint", "effort", "elsewhere", "experts", "linears", "memory", "names", "plan"}
+    | {"processes", "progress", "run", "save", "source", "stages", "stored", "weights"}
     | GROUND,
     "recipe": {"algorithm", "calibration", "checkpoint", "effort", "experts", "job", "linear", "linears", "memory"}
     | {"plan", "processes", "progress", "run", "save", "source", "stages"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,7 @@ from awq.checkpoint.output import unfinished
 from awq.checkpoint.read import open_checkpoint
 from awq.cli.app import app
 from awq.config import QuantConfig
-from awq.errors import CheckpointError, ConfigError, EndedElsewhereError
+from awq.errors import AwqError, CheckpointError, ConfigError, EndedElsewhereError
 from awq.recipe import quantize_folder
 from tests.several import run
 from tests.tiny import VOCABULARY, byte_tokenizer, save_tiny
@@ -33,6 +34,7 @@ TEXT: dict[str, Any] = {"calibration": ["prose"], "seq_len": 32, "device": "cpu"
 # (model, effort, sequences): ten chunks of text, or fewer than there are processes
 CASES = [("dense", "fast", 40), ("dense", "balanced", 40), ("experts", "balanced", 40), ("dense", "balanced", 2)]
 Case = tuple[str, str, int]
+GO_ON = "the same command goes on behind them."
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +140,53 @@ def fail_in_a_block(models: Path, output: Path) -> None:
 def test_an_error_in_one_process_ends_all(models: Path, tmp_path: Path) -> None:
     first, second = run(2, fail_in_a_block, models, tmp_path / "awq", seconds=60)
     assert isinstance(first, EndedElsewhereError)
-    assert isinstance(second, CheckpointError) and str(second) == "this disk is damaged."
+    assert isinstance(second, CheckpointError)
+    assert str(second) == f"this disk is damaged. 1 of 2 blocks are kept: {GO_ON}"
     assert not (tmp_path / "awq").exists()
 
 
-def quantize_dense(models: Path, output: Path) -> list[str]:
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        quantize_folder(models / "dense", output, CONFIG, samples=8, **TEXT)
-    return [str(one.message) for one in said]
+def solve_and_end(models: Path, output: Path, endings: dict[str, str], effort: str = "balanced") -> list[int]:
+    """The blocks that were solved; `endings` says by rank how a process ends while it solves the second."""
+    solved: list[int] = []
+    solve, ending = blocks.BlockLoop._solve, endings.get(os.environ.get("RANK", "0"))
+
+    def ended(self: Any, block: Any, index: int, stored_in: Any) -> Any:
+        if index == 1 and ending == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 1 and ending == "interrupted":
+            raise KeyboardInterrupt
+        solved.append(index)
+        return solve(self, block, index, stored_in)
+
+    blocks.BlockLoop._solve = ended  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*the same bits")
+        config = QuantConfig(group_size=32, outlier_ratio=0.03, effort=effort)
+        quantize_folder(models / "dense", output, config, samples=40, **TEXT)
+    return solved
 
 
-@pytest.mark.parametrize("size", [1, 4])
-def test_what_two_processes_began_another_number_goes_on_with(models: Path, tmp_path: Path, size: int) -> None:
-    first, second = run(2, fail_in_a_block, models, tmp_path / "awq", seconds=60)
-    assert isinstance(first, EndedElsewhereError) and isinstance(second, CheckpointError)
-    assert len((unfinished(tmp_path / "awq") / JOURNAL_FILE).read_text().splitlines()) == 2  # what is done, and a block
-    results = run(size, quantize_dense, models, tmp_path / "awq")
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 4), (0, 3)])
+def test_after_a_kill_any_number_goes_on(models: Path, alone: Path, tmp_path: Path, rank: int, size: int) -> None:
+    ended = run(2, solve_and_end, models, tmp_path / "awq", {str(rank): "killed"})
+    assert ended[rank] is None and isinstance(ended[1 - rank], AwqError)
+    journal = unfinished(tmp_path / "awq") / JOURNAL_FILE
+    done = len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
+    assert done or not rank  # the first may have been killed while it wrote
+    results = run(size, solve_and_end, models, tmp_path / "awq", {})
     assert_done(results)
-    assert not any("same bits" in line for line in results[0])
-    assert_done(run(1, quantize_dense, models, tmp_path / "whole"))
-    assert digests(tmp_path / "awq") == digests(tmp_path / "whole")
+    assert results == [[*range(done, 2)]] * size
+    assert digests(tmp_path / "awq") == digests(alone / "dense-balanced-40")
+    assert [path.name for path in tmp_path.iterdir()] == ["awq"]
+
+
+def test_an_interrupt_of_all_is_said_by_the_first(models: Path, tmp_path: Path) -> None:
+    both = {"0": "interrupted", "1": "interrupted"}
+    first, second = run(2, solve_and_end, models, tmp_path / "awq", both, "fast")
+    assert isinstance(second, KeyboardInterrupt | EndedElsewhereError)
+    assert isinstance(first, KeyboardInterrupt) and str(first) == f"1 of 2 blocks are kept: {GO_ON}"
+    assert_done(run(3, solve_and_end, models, tmp_path / "awq", {}, "fast"))
 
 
 def with_own_seed(models: Path, output: Path) -> None:

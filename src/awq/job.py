@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
 from awq.config import QuantConfig
 from awq.effort import column_loop, warn_if_slow
+from awq.elsewhere import Elsewhere, open_run
 from awq.errors import AwqError
 from awq.experts import split_experts
 from awq.linears import as_linear
@@ -32,13 +33,11 @@ from awq.plan import Plan, make_plan
 from awq.processes import on_this_machine
 from awq.progress import track
 from awq.run import Run, Solved, Target, in_background
-from awq.save import model_config, told
+from awq.save import by_the_first, model_config
 from awq.source import Source, check_finite, replace_module
 from awq.stages import Stages
 from awq.stored import Stored
 from awq.weights import DiskWeights, LoadedWeights, obstacle, open_outline
-
-_RESUMED = ("block", "left", "checksum")  # of a journal's entry, what every rank needs
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,7 @@ def run_job(
 ) -> Written:
     """Solve every block that an earlier run has not, and write the checkpoint; `report` gets the linears.
 
+    Several processes do so together: each reads the blocks for itself, the first writes.
     AwqError, or a KeyboardInterrupt that says what is kept, where it ends before.
     """
     for note in job.planned.notes:
@@ -94,30 +94,24 @@ def run_job(
     outline: Any = job.outline.get_submodule(job.planned.blocks)
     blocks, place = len(outline), Place(job.device, limits or Limits(), unfinished(target.path), on_this_machine())
     activations = plan_activations(outline, job.planned.config, tokens.shape, place)
-    opened = Run.open(target, stored, identity) if here().rank == 0 else nullcontext()
-    with opened as run, _continued(run, blocks), job.weights:
-        begun = here().tell(run and [{key: entry[key] for key in _RESUMED} for entry in run.done])[0]
-        if len(begun) < blocks:
-            _solve(job, run, begun, tokens, activations, stages, progress)
-        report["linears"] = here().tell(run and run.linears)[0]
+    with open_run(target, stored, identity) as run, _continued(run, blocks), job.weights:
+        if len(run.done) < blocks:
+            _solve(job, run, tokens, activations, stages, progress)
+        report["linears"] = run.linears
         with stages("finish"):
-            if run is None:
-                return told()
-            job.weights.load_rest()
-            named = by_stored_names(job.outline, report)
-            return told(run.finish(job.model.state_dict(), model_config(job.outline), named, extras))
+            return by_the_first(lambda: _finish(job, run, report, extras))
+
+
+def _finish(job: Job, run: Run | Elsewhere, report: dict[str, Any], extras: Callable[[Path], None]) -> Written:
+    assert isinstance(run, Run)
+    job.weights.load_rest()
+    named = by_stored_names(job.outline, report)
+    return run.finish(job.model.state_dict(), model_config(job.outline), named, extras)
 
 
 def _solve(
-    job: Job,
-    run: Run | None,
-    begun: list[dict[str, Any]],
-    tokens: Tensor,
-    activations: Activations,
-    stages: Stages,
-    progress: bool,
+    job: Job, run: Run | Elsewhere, tokens: Tensor, activations: Activations, stages: Stages, progress: bool
 ) -> None:
-    """run: None on other ranks than the first; begun: of the blocks that are done, what it takes to replay them"""
     wanted, config = frozenset(job.planned.linears), job.planned.config
     loop = BlockLoop(
         job.model,
@@ -130,10 +124,11 @@ def _solve(
         activations=activations,
         stage=stages,
     )
-    blocks, shown = len(loop.blocks), progress and run is not None
-    with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add if run else _ignore) as add:
+    begun, blocks = list(run.done), len(loop.blocks)
+    shown = progress and here().rank == 0
+    with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add) as add:
         for index, entry in enumerate(begun):
-            loop.replay(index, entry["left"], run.parameters(index, job.device) if run else None)
+            loop.replay(index, entry["left"], run.parameters(index, job.device))
             bar.advance(note=f"{entry['block']}, done before")
         if begun and loop.checksum() != begun[-1]["checksum"]:
             warnings.warn(
@@ -149,10 +144,6 @@ def _solve(
             bar.advance(note=_note(loop.name(index), reports, stages))
 
 
-def _ignore(_solved: Solved) -> None:
-    """The first rank writes."""
-
-
 def _note(block: str, reports: Mapping[str, Mapping[str, Any]], stages: Stages) -> str:
     """What a finished block has to say: its loss beside that of plain rounding, and the memory so far."""
     rounding, loss = (_mean(report[key] for report in reports.values()) for key in ("loss_rounding", "loss"))
@@ -166,15 +157,18 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _solved(loop: BlockLoop, index: int, results: Results) -> Solved:
-    name, cpu = loop.name(index), torch.device("cpu")
+    name, left, checksum = loop.name(index), loop.budget.left, loop.checksum()
+    if here().rank:
+        return Solved(name, results, {}, left, checksum)  # not to be written here
+    cpu = torch.device("cpu")
     weights = {f"{linear}.weight" for linear in results}
     state = {f"{name}.{own}": tensor for own, tensor in loop.blocks[index].state_dict().items()}
     return Solved(
         name,
         {linear: result.to(cpu) for linear, result in results.items()},
         {own: tensor.to(cpu) for own, tensor in state.items() if own not in weights},
-        loop.budget.left,
-        loop.checksum(),
+        left,
+        checksum,
     )
 
 
@@ -197,12 +191,12 @@ def _preparation(model: nn.Module, planned: Plan) -> Callable[[str], None]:
 
 
 @contextmanager
-def _continued(run: Run | None, blocks: int) -> Iterator[None]:
+def _continued(run: Run | Elsewhere, blocks: int) -> Iterator[None]:
     """Say with what ends the run how it can be continued."""
     try:
         yield
     except (AwqError, KeyboardInterrupt) as error:
-        if run is None or not run.done:
+        if not run.done:
             raise
         kept = f"{len(run.done)} of {blocks} blocks are kept: the same command goes on behind them."
         raise type(error)(f"{error} {kept}".strip()) from error

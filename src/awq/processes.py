@@ -213,12 +213,17 @@ def _has_ended(ranks: Processes) -> bool:
 
 
 def _claim(ranks: Ranks, error: BaseException) -> None:
-    """Note that this rank's error ends the run; EndedElsewhereError where another's has."""
+    """Note that this rank's error ends the run; EndedElsewhereError where another's has.
+
+    An interrupt comes to all of them, each of which may be the one to tell of it.
+    """
     store, own, first = ranks.store if isinstance(ranks, Processes) else None, str(ranks.rank), None
     with suppress(RuntimeError):
         first = store and store.compare_set(_ENDED, "", own).decode()
     if isinstance(ranks, Processes) and first not in (None, own):
         _has_ended(ranks)
+        if isinstance(error, KeyboardInterrupt):
+            return
         raise EndedElsewhereError("another process has ended the run.") from error
     if isinstance(error, AwqError):
         error.ended_all = True

@@ -165,7 +165,8 @@ def quantize_folder(
     that can be wrong with the arguments is found before the weights are read. A run that was ended goes on behind its
     last finished block when it is started again, and an output finished by the identical recipe is left alone.
 
-    gpu_memory, host_memory: what may be used, in bytes or as "8GiB"; most of what is free by default
+    gpu_memory, host_memory: what may be used of a GPU and of a machine, in bytes or as "8GiB"; most of what is free by
+        default
     """
     target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
     limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class Run:
     @property
     def linears(self) -> dict[str, Any]:
         """The reports of the blocks that are done, by linear."""
-        return {name: report for entry in self.done for name, report in entry["linears"].items()}
+        return reports(self.done)
 
     def add(self, solved: Solved) -> None:
         """A block's results to the disk, then its line to the journal."""
@@ -223,6 +223,11 @@ class Run:
                 )
         if count:
             open_checkpoint(self.stage)
+
+
+def reports(entries: Iterable[Entry]) -> dict[str, Any]:
+    """Of blocks that are done, by linear."""
+    return {name: report for entry in entries for name, report in entry["linears"].items()}
 
 
 @contextmanager

@@ -41,29 +41,30 @@ def save_quantized(
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     state = model.state_dict()
     floats = stored_floats(model, quantized)
-    with together() as ranks:
-        if ranks.rank:
-            return told()
-        return told(
-            write_checkpoint(
-                Path(folder),
-                config=model_config(model),
-                quant=stored_settings(model, report),
-                linears=_quantized_linears(model),
-                floats=((float_.stored, state[name].to(float_.dtype)) for name, float_ in floats.items()),
-                report=by_stored_names(model, report),
-                extras=extras_of(model, (tokenizer, processor), beside or {}),
-                shard_size=shard_size,
-                overwrite=overwrite,
-                verify=verify,
-            )
+
+    def write() -> Written:
+        return write_checkpoint(
+            Path(folder),
+            config=model_config(model),
+            quant=stored_settings(model, report),
+            linears=_quantized_linears(model),
+            floats=((float_.stored, state[name].to(float_.dtype)) for name, float_ in floats.items()),
+            report=by_stored_names(model, report),
+            extras=extras_of(model, (tokenizer, processor), beside or {}),
+            shard_size=shard_size,
+            overwrite=overwrite,
+            verify=verify,
         )
 
+    with together():
+        return by_the_first(write)
 
-def told(written: Written | None = None) -> Written:
-    """What the first rank has written, on every rank, once it has."""
-    path, size, warnings = here().tell(written and [str(written.path), written.bytes, written.warnings])[0]
-    return Written(Path(path), size, tuple(warnings))
+
+def by_the_first(write: Callable[[], Written]) -> Written:
+    """What one of several processes, the first, writes for all."""
+    written = write() if here().rank == 0 else None
+    path, size, notes = here().tell(written and [str(written.path), written.bytes, written.warnings])[0]
+    return Written(Path(path), size, tuple(notes))
 
 
 class Float(NamedTuple):

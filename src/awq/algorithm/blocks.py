@@ -61,7 +61,7 @@ def quantize_blocks(
 class BlockLoop:
     """The blocks in turn, each of them solved, or replayed where an earlier run has solved it.
 
-    chunks: the calibration text behind the blocks that are done, in the float model and behind quantized blocks
+    chunks: this rank's calibration text behind the blocks that are done, in the float model and behind quantized blocks
     budget: of outlier channels; what the blocks that are done have left of it
     """
 
@@ -122,7 +122,7 @@ class BlockLoop:
                 for parameter, value in block.named_parameters():
                     if quantized is not None:
                         value.data.copy_(quantized[parameter])
-                    here().hand_out(value.data)
+                    value.data.copy_(here().hand_out(value.data.contiguous()))
                 Propagation(block, index, self.chunks, inputs).advance()
 
     def checksum(self) -> int:

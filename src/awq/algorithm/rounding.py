@@ -6,7 +6,7 @@ Plain rounding is `Affine.encode`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,19 +63,25 @@ def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: Colum
     factor = _inverse_factor(gram[order.unsqueeze(1), order])
     if factor is None:
         return None
-    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
     parts = slabs(weight)
-    if own := taken(parts):
+    own = taken(parts)
+    if len(own) == len(parts):
+        return _round(weight, grid, order, factor, columns, _sizes(own))
+    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
+    if own:
         rows = slice(own[0].start, own[-1].stop)
-        sizes = [part.stop - part.start for part in own]
-        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, sizes)
+        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own))
         result.codes[rows], result.unrounded[rows] = rounded
     return Rounded(*(share(parts, values) for values in result))
 
 
+def _sizes(parts: Sequence[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
+
+
 def _round(
     weight: Tensor, grid: Affine, order: Tensor, factor: Tensor, columns: ColumnLoop, sizes: list[int]
-) -> tuple[Tensor, Tensor]:
+) -> Rounded:
     """sizes: of the slabs of rows that make a product each; the column loop takes them all at once"""
     group = order // (weight.shape[1] // grid.scales.shape[1])
     rest, scales, zeros = (
@@ -91,7 +97,7 @@ def _round(
                 slab -= factor[part, later].t() @ some.contiguous()  # as long a row for any number of ranks
             rest[part] = errors * pivots[part] / scales[part] + codes[part]
     back = order.argsort()
-    return codes[back].t(), rest[back].t()
+    return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
 
 
 def _inverse_factor(gram: Tensor) -> Tensor | None:
