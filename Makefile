@@ -22,7 +22,7 @@ demo: $(READY) ## quantize a real 135M model, chat with it, measure it (under 6 
 	$(BIN)/awq demo --output demo
 
 test: $(READY) ## the test suite without what is long (under 10 minutes on 2 cores)
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m "not slow" -n auto --dist loadfile --no-loadscope-reorder
 
 test-full: test ## the test suite, then the built wheel, the real model's long runs, every kernel
 	$(BIN)/pytest -m slow -n auto --dist worksteal
