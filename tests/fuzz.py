@@ -21,12 +21,13 @@ from typing import Any
 
 from transformers.utils import logging
 
-from awq.bounds import limited_memory
-from awq.checkpoint import convert_checkpoint, open_checkpoint
+from awq.checkpoint import open_checkpoint
 from awq.cli.inspect import inspect
 from awq.errors import AwqError
-from awq.load import load_dequantized
-from awq.source import find_source
+from awq.pretrained.bounds import limited_memory
+from awq.pretrained.source import find_source
+from awq.storage.convert import convert_checkpoint
+from awq.storage.load import load_dequantized
 
 BYTES, SECONDS = 1 << 30, 300
 SETTINGS = (None, True, -1, 0, 1, 7, 2**16, 2**31, 2**63, 10**12, 10**30, 1e308, float("nan"), "", "x", "a/b", [], {})

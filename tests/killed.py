@@ -80,9 +80,9 @@ def half_a_line(journal: Any, _entry: Any) -> None:
 
 def arm(place: str, count: float) -> None:
     """Let this process die at the `count`-th time that it comes to `place`."""
-    from awq import run
     from awq.algorithm import blocks
     from awq.checkpoint import journal, output, shards, slots
+    from awq.pipeline import run
 
     def silent(*_arguments: Any) -> None:
         die()
@@ -129,7 +129,7 @@ def noted(file: Path) -> Iterator[None]:
 def child(request: dict[str, Any], said: Path) -> int:
     from awq.config import QuantConfig
     from awq.errors import AwqError
-    from awq.recipe import quantize_folder
+    from awq.pipeline.recipe import quantize_folder
 
     if request["kill"]:
         arm(*request["kill"])
@@ -149,7 +149,7 @@ def serve() -> None:
 
     import torch
 
-    import awq.recipe  # noqa: F401
+    import awq.pipeline.recipe  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from awq.algorithm import capture, ranks
+from awq.algorithm import ranks
+from awq.algorithm.inputs import capture
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["awq.cli.app", "awq.model", "tests.several", "tests.tiny"])

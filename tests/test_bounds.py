@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from awq.bounds import bounded
 from awq.cli import generate
 from awq.errors import CheckpointError
+from awq.pretrained.bounds import bounded
 from tests.tiny import byte_tokenizer
 
 HARMFUL = [
@@ -40,7 +40,7 @@ HARMFUL = [
 
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
-    monkeypatch.setattr("awq.bounds.bounded", partial(bounded, seconds=0.5, more_bytes=1 << 28))
+    monkeypatch.setattr("awq.pretrained.bounds.bounded", partial(bounded, seconds=0.5, more_bytes=1 << 28))
     return byte_tokenizer()
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq.calibration import DEFAULT_SOURCES, builtin_text, evaluation_text, load_calibration
+from awq.data.calibration import DEFAULT_SOURCES, builtin_text, evaluation_text, load_calibration
 from awq.errors import CalibrationError
 from tests.tiny import byte_tokenizer, tiny_llama
 

@@ -3,9 +3,9 @@ import warnings
 import pytest
 import torch
 
-from awq.algorithm.rounding import PLAIN_LOOP
+from awq.algorithm.search.rounding import PLAIN_LOOP
 from awq.config import QuantConfig
-from awq.effort import column_loop, warn_if_slow
+from awq.pipeline.effort import column_loop, warn_if_slow
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")

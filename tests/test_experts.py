@@ -11,10 +11,10 @@ from transformers import JetMoeConfig, LongcatFlashConfig, MixtralConfig
 
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
-from awq.experts import Experts, Layout, expert_lists, find_layout, routers, split_experts
-from awq.names import from_stored, of_module, to_stored
-from awq.plan import make_plan
-from awq.source import skeleton
+from awq.pretrained.source import skeleton
+from awq.storage.names import from_stored, of_module, to_stored
+from awq.structure.experts import Experts, Layout, expert_lists, find_layout, routers, split_experts
+from awq.structure.plan import make_plan
 
 EXPERTS, WIDTH, INNER = 5, 16, 12
 

@@ -6,13 +6,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
+from awq.data.calibration import CalibrationSet
 from awq.linear import QuantLinear
-from awq.linears import as_linear, linear_shape
-from awq.load import load_dequantized, load_quantized
-from awq.plan import make_plan
-from awq.recipe import quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
+from awq.structure.linears import as_linear, linear_shape
+from awq.structure.plan import make_plan
 from tests.tiny import random_tokens
 
 

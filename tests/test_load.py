@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
+from awq.data.calibration import CalibrationSet
 from awq.errors import CheckpointError, ConfigError, KernelNotSupportedError, ModelNotFoundError
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
 from tests.tiny import random_tokens, tiny_llama
 
 GOLDEN = ["llama_gemm_g64", "llama_gemv_g64", "gpt_neox_gemm_g32", "llama_legacy_018"]
@@ -70,7 +71,7 @@ def test_hardware_that_cannot_run_it_is_refused_before_anything_is_read(monkeypa
     def refuse(**_arguments: Any) -> None:
         raise KernelNotSupportedError("Kernel version not supported on this hardware: ...")
 
-    monkeypatch.setattr("awq.load.select_kernel_version", refuse)
+    monkeypatch.setattr("awq.storage.load.select_kernel_version", refuse)
     with pytest.raises(RuntimeError, match="Kernel version not supported on this hardware"):
         load_quantized("./absent", version="GEMV")
 

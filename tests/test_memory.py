@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from awq import job, memory
-from awq.algorithm.activations import Activations, Room
 from awq.algorithm.blocks import BlockLoop
+from awq.algorithm.inputs.activations import Activations, Room
 from awq.config import QuantConfig
 from awq.errors import AwqError, ConfigError
-from awq.memory import Limits, Place, block_bytes, free_host
-from awq.recipe import quantize_folder
+from awq.pipeline import job, memory
+from awq.pipeline.memory import Limits, Place, block_bytes, free_host
+from awq.pipeline.recipe import quantize_folder
 from tests.checkpoint.small import digests
 from tests.efforts import every_effort
 from tests.tiny import save_tiny, tiny_llama

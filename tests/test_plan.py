@@ -2,7 +2,7 @@ import pytest
 
 from awq.config import QuantConfig
 from awq.errors import ConfigError
-from awq.plan import make_plan
+from awq.structure.plan import make_plan
 from tests.tiny import tiny_llama
 
 

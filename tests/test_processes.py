@@ -25,7 +25,7 @@ from awq.checkpoint.read import open_checkpoint
 from awq.cli.app import app
 from awq.config import QuantConfig
 from awq.errors import AwqError, CheckpointError, ConfigError, EndedElsewhereError
-from awq.recipe import quantize_folder
+from awq.pipeline.recipe import quantize_folder
 from tests.several import run
 from tests.tiny import VOCABULARY, byte_tokenizer, save_tiny
 

@@ -12,13 +12,14 @@ from accelerate import dispatch_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from awq.calibration import CalibrationSet
 from awq.checkpoint.read import open_checkpoint
 from awq.config import EFFORTS, QuantConfig
+from awq.data.calibration import CalibrationSet
 from awq.errors import CalibrationError, CheckpointError, ConfigError, ModelNotFoundError, OutputExistsError
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_folder, quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_folder, quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
 from tests.efforts import every_effort
 from tests.tiny import byte_tokenizer, random_tokens, save_tiny, tiny_llama
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from awq import recipe as recipe_module
-from awq import source as source_module
 from awq.algorithm.blocks import BlockLoop
 from awq.checkpoint import slots
 from awq.checkpoint.output import unfinished
@@ -22,7 +20,9 @@ from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.slots import Slots
 from awq.config import QuantConfig
 from awq.errors import AwqError, CheckpointError, OutputExistsError
-from awq.recipe import Finished, quantize_folder
+from awq.pipeline import recipe as recipe_module
+from awq.pipeline.recipe import Finished, quantize_folder
+from awq.pretrained import source as source_module
 from tests.checkpoint.small import digests
 from tests.efforts import every_effort
 from tests.tiny import save_tiny, tiny_llama

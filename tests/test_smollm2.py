@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from awq.calibration import CalibrationSet, evaluation_text, load_calibration
 from awq.cli.demo import find_embedded_model
 from awq.config import QuantConfig
+from awq.data.calibration import CalibrationSet, evaluation_text, load_calibration
 from awq.evaluate import Perplexity, compare, paired_difference, perplexity
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import Finished, quantize_folder, quantize_model
-from awq.source import find_source
+from awq.pipeline.recipe import Finished, quantize_folder, quantize_model
+from awq.pretrained.source import find_source
+from awq.storage.load import load_dequantized, load_quantized
 
 # 128 does not divide its width of 576
 DEFAULT: dict[str, Any] = {"group_size": 64, "outlier_ratio": 0.01}

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from awq.errors import CheckpointError, ConfigError, ModelNotFoundError
-from awq.source import check_finite, find_source, pick_device, pick_dtype, skeleton
+from awq.pretrained.source import check_finite, find_source, pick_device, pick_dtype, skeleton
 from tests.tiny import save_tiny, tiny_llama
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from awq.algorithm.find import find_blocks
 from awq.errors import CheckpointError
-from awq.source import Source, find_source
-from awq.weights import DiskWeights, obstacle, open_outline
+from awq.pretrained.source import Source, find_source
+from awq.pretrained.weights import DiskWeights, obstacle, open_outline
+from awq.structure.blocks import find_blocks
 from tests.architectures.families import FAMILIES, Family, tiny
 from tests.architectures.moe import MIXTURES
 from tests.tiny import save_tiny, tiny_llama

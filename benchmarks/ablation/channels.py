@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.search.affine import fit_affine
 from awq.config import QuantConfig
 
 # (weight [out, in], mean |x| [in], random numbers [in]) -> the score of each channel; the highest are kept

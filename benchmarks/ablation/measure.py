@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.calibration import CalibrationSet, load_calibration
+from awq.data.calibration import CalibrationSet, load_calibration
 from awq.evaluate import compare, evaluation_tokens
 from awq.linear import QuantLinear
-from awq.linears import as_linear
-from awq.plan import make_plan
-from awq.recipe import quantize_model
-from awq.source import find_source, replace_module
+from awq.pipeline.recipe import quantize_model
+from awq.pretrained.source import find_source, replace_module
+from awq.structure.linears import as_linear
+from awq.structure.plan import make_plan
 from benchmarks.ablation.channels import round_but_keep
 from benchmarks.ablation.rescale import rescale
 from benchmarks.ablation.steps import STEPS

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import enter_model, lifted
-from awq.algorithm.groups import find_structure, fold
+from awq.algorithm.inputs.capture import enter_model, lifted
+from awq.structure.blocks import find_blocks
+from awq.structure.groups import find_structure, fold
 
 # Factors from 2**-0.5 to 2**0.5: far off the grid, and no channel becomes salient by it.
 LARGEST_EXPONENT = 0.5

@@ -8,9 +8,9 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from awq.algorithm import moments
-from awq.algorithm.moments import Moments
-from awq.algorithm.propagate import Propagation
+from awq.algorithm.inputs import moments
+from awq.algorithm.inputs.moments import Moments
+from awq.algorithm.inputs.propagate import Propagation
 
 Measured = list[tuple[Moments, Moments]]
 

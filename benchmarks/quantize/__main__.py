@@ -16,7 +16,7 @@ from awq.bench.report import machine_facts
 from awq.cli.options import quiet_libraries, torch_device
 from awq.config import QuantConfig
 from awq.errors import AwqError
-from awq.recipe import quantize_folder
+from awq.pipeline.recipe import quantize_folder
 from benchmarks.quantize.model import SHAPES, write_model
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)

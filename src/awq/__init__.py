@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from awq.errors import AwqError, KernelNotSupportedError
     from awq.hardware import detect
     from awq.kernels import select_kernel_version
-    from awq.load import load_dequantized, load_quantized
     from awq.model import AutoAWQForCausalLM
-    from awq.recipe import quantize_model, save_quantized
+    from awq.pipeline.recipe import quantize_model
+    from awq.storage.load import load_dequantized, load_quantized
+    from awq.storage.save import save_quantized
 
 __all__ = [
     "AutoAWQForCausalLM",
@@ -38,10 +39,10 @@ _HOMES = {
     "KernelNotSupportedError": "awq.errors",
     "QuantConfig": "awq.config",
     "detect": "awq.hardware",
-    "load_dequantized": "awq.load",
-    "load_quantized": "awq.load",
-    "quantize_model": "awq.recipe",
-    "save_quantized": "awq.recipe",
+    "load_dequantized": "awq.storage.load",
+    "load_quantized": "awq.storage.load",
+    "quantize_model": "awq.pipeline.recipe",
+    "save_quantized": "awq.storage.save",
     "select_kernel_version": "awq.kernels",
 }
 

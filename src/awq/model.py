@@ -10,17 +10,17 @@ from typing import Any, Self, cast
 import torch
 from torch import nn
 
-from awq.calibration import load_calibration
-from awq.checkpoint.convert import convert_checkpoint
 from awq.config import QuantConfig
+from awq.data.calibration import load_calibration
 from awq.engine import Engine, attach, engine_of
 from awq.errors import AwqError, ConfigError
-from awq.load import load_quantized
-from awq.place import AUTOMATIC
+from awq.pipeline.recipe import check_model, quantize_model
+from awq.pretrained.source import Source, find_folder, find_source, pick_device, pick_dtype
 from awq.processes import in_company
-from awq.recipe import check_model, quantize_model
-from awq.save import save_quantized
-from awq.source import Source, find_folder, find_source, pick_device, pick_dtype
+from awq.storage.convert import convert_checkpoint
+from awq.storage.load import load_quantized
+from awq.storage.place import AUTOMATIC
+from awq.storage.save import save_quantized
 
 # AutoAWQ's keywords that have nothing to act on here, with its defaults: only another value is worth a word.
 _IDLE_FROM_PRETRAINED = {"safetensors": True, "low_cpu_mem_usage": True, "use_cache": False}

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from awq.algorithm.ranks import Ranks, among, here
 from awq.errors import AwqError, ConfigError, EndedElsewhereError
-from awq.source import pick_device
+from awq.pretrained.source import pick_device
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from awq.algorithm.affine import fit_affine, ranges, span
+from awq.algorithm.search.affine import fit_affine, ranges, span
 
 
 @pytest.mark.parametrize("group_size", [-1, 16, 32, 64])

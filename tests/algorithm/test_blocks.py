@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from awq.algorithm.blocks import QuantizedLinear, find_blocks, quantize_blocks
-from awq.algorithm.capture import enter_model
+from awq.algorithm.blocks import QuantizedLinear, quantize_blocks
+from awq.algorithm.inputs.capture import enter_model
 from awq.config import QuantConfig
 from awq.errors import UnsupportedModelError
+from awq.structure.blocks import find_blocks
 from tests.efforts import every_effort
 from tests.tiny import random_tokens, tiny_llama
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.capture import enter_model
+from awq.algorithm.inputs.capture import enter_model
 from awq.errors import UnsupportedModelError
 
 

@@ -12,13 +12,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from awq.algorithm import blocks as blocks_module
 from awq.algorithm import passes as passes_module
 from awq.algorithm.blocks import quantize_blocks
-from awq.algorithm.capture import Call, Chunk, capture
-from awq.algorithm.coverage import counted, every_expert
-from awq.algorithm.groups import find_structure
-from awq.algorithm.routing import recorded_routing, replayed_routing
-from awq.algorithm.siblings import Siblings
+from awq.algorithm.inputs.capture import Call, Chunk, capture
+from awq.algorithm.inputs.coverage import counted, every_expert
+from awq.algorithm.inputs.routing import recorded_routing, replayed_routing
 from awq.config import QuantConfig
-from awq.experts import split_experts
+from awq.structure.experts import split_experts
+from awq.structure.groups import find_structure
+from awq.structure.siblings import Siblings
 from tests.efforts import every_effort
 from tests.tiny import VOCABULARY, random_tokens
 

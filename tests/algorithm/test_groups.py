@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import enter_model, lifted
-from awq.algorithm.groups import ScaleGroup, find_structure, fold
+from awq.algorithm.inputs.capture import enter_model, lifted
+from awq.structure.blocks import find_blocks
+from awq.structure.groups import ScaleGroup, find_structure, fold
 from tests.tiny import random_tokens, tiny_llama
 
 

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from awq.algorithm import blocks as blocks_module
 from awq.algorithm import learn as learn_module
-from awq.algorithm.affine import fit_affine
-from awq.algorithm.capture import Call, Chunk
+from awq.algorithm.inputs.capture import Call, Chunk
+from awq.algorithm.inputs.propagate import Propagation
+from awq.algorithm.inputs.text import Batch, Text
 from awq.algorithm.learn import Learned, _Linear, _Norm, _picks, cpu_minutes, learn
-from awq.algorithm.propagate import Propagation
-from awq.algorithm.solution import Coded
-from awq.algorithm.text import Batch, Text
+from awq.algorithm.search.affine import fit_affine
+from awq.algorithm.search.solution import Coded
 from tests.algorithm.test_blocks import apply, quantized
 from tests.algorithm.test_propagate import output_of
 from tests.tiny import random_tokens, tiny_llama

@@ -1,9 +1,9 @@
 import torch
 
-from awq.algorithm.affine import fit_affine
-from awq.algorithm.loss import group_errors, output_error
-from awq.algorithm.outliers import choose_channels, outlier_count, residual
-from awq.algorithm.refit import refit_scales
+from awq.algorithm.search.affine import fit_affine
+from awq.algorithm.search.loss import group_errors, output_error
+from awq.algorithm.search.outliers import choose_channels, outlier_count, residual
+from awq.algorithm.search.refit import refit_scales
 
 
 def test_output_error_is_the_mean_squared_error_of_the_outputs() -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.moments import RESIDUAL, RIDGES, Moments
+from awq.algorithm.inputs.moments import RESIDUAL, RIDGES, Moments
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm import passes as passes_module
-from awq.algorithm import solve as solve_module
-from awq.algorithm.blocks import find_blocks, quantize_blocks
-from awq.algorithm.propagate import enter_both, recorded
-from awq.algorithm.rounding import ColumnLoop, Rounded, round_columns
-from awq.algorithm.stream import find_residuals
+from awq.algorithm.blocks import quantize_blocks
+from awq.algorithm.inputs.propagate import enter_both, recorded
+from awq.algorithm.search import solve as solve_module
+from awq.algorithm.search.rounding import ColumnLoop, Rounded, round_columns
 from awq.config import QuantConfig
+from awq.structure.blocks import find_blocks
+from awq.structure.stream import find_residuals
 from tests.algorithm.test_blocks import apply, logits, quantized
 from tests.tiny import random_tokens, tiny_llama
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.blocks import find_blocks
-from awq.algorithm.folded import Folded
-from awq.algorithm.groups import ScaleGroup
-from awq.algorithm.solve import Linear
+from awq.algorithm.search.folded import Folded
+from awq.algorithm.search.solve import Linear
 from awq.config import QuantConfig
-from awq.linears import shared_parameters
+from awq.structure.blocks import find_blocks
+from awq.structure.groups import ScaleGroup
+from awq.structure.linears import shared_parameters
 from tests.algorithm.test_blocks import TOKENS, apply, logits, quantized
 from tests.efforts import every_effort
 from tests.tiny import random_tokens, tiny_llama

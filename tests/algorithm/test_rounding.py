@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.affine import Affine, fit_affine
-from awq.algorithm.loss import output_error
-from awq.algorithm.rounding import DAMPING, ColumnLoop, round_columns, round_compensated
+from awq.algorithm.search.affine import Affine, fit_affine
+from awq.algorithm.search.loss import output_error
+from awq.algorithm.search.rounding import DAMPING, ColumnLoop, round_columns, round_compensated
 
 
 def problem(out: int = 8, width: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:

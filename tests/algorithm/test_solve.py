@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.moments import RIDGES, Moments
-from awq.algorithm.solution import Judge, Linear
-from awq.algorithm.solve import _targets
-from awq.algorithm.stats import InputStats
+from awq.algorithm.inputs.moments import RIDGES, Moments
+from awq.algorithm.inputs.stats import InputStats
+from awq.algorithm.search.solution import Judge, Linear
+from awq.algorithm.search.solve import _targets
 from awq.config import QuantConfig
 
 CPU = torch.device("cpu")

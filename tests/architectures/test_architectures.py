@@ -10,15 +10,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import Chunk, enter_model
-from awq.algorithm.groups import Structure, find_structure, fold
-from awq.calibration import CalibrationSet
+from awq.algorithm.inputs.capture import Chunk, enter_model
 from awq.config import QuantConfig
-from awq.linears import as_linear, linear_shape
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
-from awq.source import replace_module
+from awq.data.calibration import CalibrationSet
+from awq.pipeline.recipe import quantize_model
+from awq.pretrained.source import replace_module
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
+from awq.structure.blocks import find_blocks
+from awq.structure.groups import Structure, find_structure, fold
+from awq.structure.linears import as_linear, linear_shape
 from tests.architectures.families import FAMILIES, VOCABULARY, Family, tiny
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from awq.algorithm.groups import ScaleGroup
-from awq.algorithm.siblings import Siblings
-from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
-from awq.experts import split_experts
+from awq.data.calibration import CalibrationSet
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
+from awq.structure.experts import split_experts
+from awq.structure.groups import ScaleGroup
+from awq.structure.siblings import Siblings
 from tests.architectures.moe import FUSED_LINEARS, MIXTURES, Mixture
 from tests.architectures.test_architectures import (
     TOKENS,

@@ -13,15 +13,16 @@ from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from awq import AutoAWQForCausalLM
-from awq.algorithm.blocks import find_blocks
-from awq.algorithm.capture import enter_model
-from awq.algorithm.groups import fold
-from awq.calibration import CalibrationSet
+from awq.algorithm.inputs.capture import enter_model
 from awq.checkpoint.read import open_checkpoint
 from awq.config import QuantConfig
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_folder, quantize_model, save_quantized
-from awq.source import find_source, skeleton
+from awq.data.calibration import CalibrationSet
+from awq.pipeline.recipe import quantize_folder, quantize_model
+from awq.pretrained.source import find_source, skeleton
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
+from awq.structure.blocks import find_blocks
+from awq.structure.groups import fold
 from tests.architectures.test_architectures import (
     TOKENS,
     distance,

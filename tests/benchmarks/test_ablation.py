@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from awq.algorithm import moments
-from awq.algorithm.propagate import Propagation
-from awq.calibration import CalibrationSet, builtin_text
+from awq.algorithm.inputs import moments
+from awq.algorithm.inputs.propagate import Propagation
 from awq.config import EFFORTS, QuantConfig
+from awq.data.calibration import CalibrationSet, builtin_text
 from awq.linear import QuantLinear
-from awq.recipe import quantize_model
+from awq.pipeline.recipe import quantize_model
 from benchmarks.ablation.__main__ import app
 from benchmarks.ablation.channels import round_but_keep
 from benchmarks.ablation.measure import Bench

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq.checkpoint import convert_checkpoint, open_checkpoint
+from awq.checkpoint import open_checkpoint
 from awq.errors import CheckpointError, OutputExistsError
 from awq.packing import LAYOUTS, to_layout
+from awq.storage.convert import convert_checkpoint
 from tests.checkpoint.small import (
     digests,
     equal,

@@ -19,13 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from awq.checkpoint import convert_checkpoint, files, limits, open_checkpoint
-from awq.checkpoint.gguf import check_gguf
+from awq.checkpoint import files, open_checkpoint
 from awq.config import QuantConfig
 from awq.errors import CheckpointError
-from awq.load import load_dequantized
-from awq.recipe import quantize_folder
-from awq.source import find_source
+from awq.pipeline.recipe import quantize_folder
+from awq.pretrained import limits
+from awq.pretrained.gguf import check_gguf
+from awq.pretrained.source import find_source
+from awq.storage.convert import convert_checkpoint
+from awq.storage.load import load_dequantized
 from tests.checkpoint.small import write_raw, write_small
 from tests.tiny import save_tiny, save_tiny_gguf
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from awq.config import QuantConfig
-from awq.recipe import quantize_folder
+from awq.pipeline.recipe import quantize_folder
 from tests.tiny import save_tiny
 
 CONFIG = QuantConfig(group_size=32, outlier_ratio=0.05, effort="fast")

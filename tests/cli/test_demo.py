@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.search.affine import fit_affine
 from awq.cli import demo
 from awq.config import QuantConfig
 from awq.errors import AwqError

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-import awq.load
+import awq.storage.load
 from tests.cli.run import refused, run, run_json
 
 TEMPLATE = "{% for message in messages %}<{{ message.content }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -62,13 +62,13 @@ def test_sampling_repeats_with_its_seed(quantized: Path) -> None:
 
 def test_revision_and_trust_arrive(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
-    load = awq.load.load_quantized
+    load = awq.storage.load.load_quantized
 
     def spy(*arguments: Any, **options: Any) -> Any:
         seen.append(options)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(awq.load, "load_quantized", spy)
+    monkeypatch.setattr(awq.storage.load, "load_quantized", spy)
     flags = ("--max-new-tokens", 2, "--device", "cpu", "--revision", "v1", "--trust-remote-code")
     run_json("generate", quantized, "-p", "a", *flags)
     (options,) = seen

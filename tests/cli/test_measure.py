@@ -9,8 +9,8 @@ import torch
 import awq.bench.kernels.overheads
 import awq.bench.kernels.run
 import awq.evaluate
-import awq.load
-import awq.source
+import awq.pretrained.source
+import awq.storage.load
 from awq.bench.kernels.shapes import SWEEP, Setting, Shape
 from awq.bench.results import Ceiling, KernelBench, row_of
 from awq.bench.timing import Timing
@@ -71,14 +71,14 @@ def test_latency_as_a_table(quantized: Path) -> None:
 
 
 def test_a_version_that_does_not_run_is_said(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = awq.load.load_quantized
+    load = awq.storage.load.load_quantized
 
     def refuse(folder: str, *, version: str, **options: object) -> object:
         if version == "GEMM":
             raise KernelNotSupportedError("Kernel version not supported on this hardware: too old.")
         return load(folder, version=version, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(awq.load, "load_quantized", refuse)
+    monkeypatch.setattr(awq.storage.load, "load_quantized", refuse)
     found = run_json("bench", "model", quantized, *SHORT)
     assert [row["label"] for row in found["rows"]] == ["auto", "GEMV"]
     assert found["refused"].keys() == {"GEMM"}
@@ -92,7 +92,7 @@ def test_revision_and_trust_arrive(
     command: tuple[str, ...], loader: str, quantized: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
-    load, find = getattr(awq.load, loader), awq.source.find_source
+    load, find = getattr(awq.storage.load, loader), awq.pretrained.source.find_source
 
     def spy(*arguments: Any, **options: Any) -> Any:
         seen.append(options)
@@ -102,8 +102,8 @@ def test_revision_and_trust_arrive(
         seen.append(options)
         return find(model, **options)
 
-    monkeypatch.setattr(awq.load, loader, spy)
-    monkeypatch.setattr(awq.source, "find_source", spy_source)
+    monkeypatch.setattr(awq.storage.load, loader, spy)
+    monkeypatch.setattr(awq.pretrained.source, "find_source", spy_source)
     run_json(*command, quantized, "--reference", tiny, "--revision", "v1", "--trust-remote-code")
     reference, *loads = seen
     assert reference == {"trust_remote_code": True}  # the revision is the checkpoint's

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from awq import recipe
 from awq.checkpoint.read import open_checkpoint
 from awq.config import QuantConfig
-from awq.recipe import Finished
+from awq.pipeline import recipe
+from awq.pipeline.recipe import Finished
 from tests.cli.run import run, run_json
 
 LINEAR = {

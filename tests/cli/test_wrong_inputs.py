@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq import recipe
+from awq.pipeline import recipe
 from tests.cli.run import refused, run
 from tests.tiny import save_tiny, tiny_llama
 

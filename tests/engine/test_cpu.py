@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.search.affine import fit_affine
 from awq.bench.models import random_model
 from awq.engine import attach
 from awq.engine.choose import Probe, choose
 from awq.engine.cpu import CpuStep, cpu_step
 from awq.engine.loop import Way
 from awq.linear import QuantLinear
-from awq.linears import as_linear
 from awq.packing import pack
-from awq.source import replace_module
+from awq.pretrained.source import replace_module
+from awq.structure.linears import as_linear
 from tests.architectures.families import FAMILIES, Family, tiny
 from tests.engine.ties import largest_gap
 from tests.tiny import random_tokens, tiny_llama

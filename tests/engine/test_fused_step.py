@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.search.affine import fit_affine
 from awq.engine.cache import KVCache, windows_of
 from awq.engine.fused import step as step_module
 from awq.engine.fused.build import _merge, fused_step, obstacle

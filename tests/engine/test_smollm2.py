@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.affine import fit_affine
+from awq.algorithm.search.affine import fit_affine
 from awq.cli.demo import find_embedded_model
 from awq.engine import attach
 from awq.linear import QuantLinear
 from awq.packing import pack
-from awq.source import find_source, replace_module
+from awq.pretrained.source import find_source, replace_module
 from tests.engine.prompts import PROMPTS
 from tests.engine.ties import largest_gap
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.affine import Affine, fit_affine
-from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop, _inverse_factor, round_compensated
+from awq.algorithm.search.affine import Affine, fit_affine
+from awq.algorithm.search.rounding import PLAIN_LOOP, ColumnLoop, _inverse_factor, round_compensated
 from awq.kernels.cuda import columns
 
 pytestmark = pytest.mark.gpu

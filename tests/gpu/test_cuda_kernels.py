@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.affine import fit_affine
-from awq.calibration import evaluation_text
+from awq.algorithm.search.affine import fit_affine
 from awq.cli.demo import find_embedded_model
+from awq.data.calibration import evaluation_text
 from awq.errors import MissingDependencyError
 from awq.kernels.cuda import backend, gemm, gemv, op
 from awq.kernels.cuda.layout import GROUPS, to_units, units_to_dense
 from awq.packing import Outliers, PackedInt4, pack
-from awq.source import find_source
+from awq.pretrained.source import find_source
 from tests.gpu.on_gpu import GPU, LIMIT, VERSIONS, dtypes, launch, packed_on_gpu, reference
 from tests.kernels.plain import random_outliers, random_packed
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
+from awq.data.calibration import CalibrationSet
 from awq.errors import AwqError
 from awq.kernels.base import EVERY_ROW
 from awq.kernels.cuda import crossover
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
 from tests.gpu.on_gpu import GPU, LIMIT, VERSIONS, dtypes, packed_on_gpu, reference, relative
 from tests.kernels.plain import random_outliers, random_packed
 from tests.tiny import byte_tokenizer, random_tokens, tiny_llama

@@ -8,7 +8,7 @@ import torch
 from awq.algorithm import learn as learn_module
 from awq.algorithm.blocks import quantize_blocks
 from awq.config import EFFORTS, QuantConfig
-from awq.effort import column_loop
+from awq.pipeline.effort import column_loop
 from tests.tiny import random_tokens, tiny_llama
 
 pytestmark = pytest.mark.gpu

@@ -15,8 +15,8 @@ from awq.bench.models import random_model
 from awq.engine import attach
 from awq.engine.choose import choose
 from awq.errors import OutOfMemoryError
-from awq.load import load_quantized
-from awq.recipe import save_quantized
+from awq.storage.load import load_quantized
+from awq.storage.save import save_quantized
 from tests.architectures.families import FAMILIES, Family, tiny
 from tests.engine.test_generate import (  # noqa: F401 - the same tests, of the pair below
     test_a_conversation_goes_on_with_its_cache,

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from awq import detect, select_kernel_version
-from awq.calibration import CalibrationSet
 from awq.config import QuantConfig
+from awq.data.calibration import CalibrationSet
 from awq.linear import QuantLinear
-from awq.load import load_dequantized, load_quantized
-from awq.recipe import quantize_model, save_quantized
+from awq.pipeline.recipe import quantize_model
+from awq.storage.load import load_dequantized, load_quantized
+from awq.storage.save import save_quantized
 from tests.tiny import byte_tokenizer, random_tokens, tiny_llama
 
 pytestmark = pytest.mark.gpu

@@ -9,13 +9,13 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from awq import job
-from awq.algorithm.activations import Activations, Room
 from awq.algorithm.blocks import BlockLoop
-from awq.calibration import CalibrationSet
+from awq.algorithm.inputs.activations import Activations, Room
 from awq.config import QuantConfig
-from awq.memory import Place
-from awq.recipe import quantize_folder, quantize_model
+from awq.data.calibration import CalibrationSet
+from awq.pipeline import job
+from awq.pipeline.memory import Place
+from awq.pipeline.recipe import quantize_folder, quantize_model
 from tests.checkpoint.small import digests
 from tests.tiny import random_tokens, save_tiny, tiny_llama
 

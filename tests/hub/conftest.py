@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from awq.recipe import quantize_folder
+from awq.pipeline.recipe import quantize_folder
 from tests.cli.conftest import CONFIG
 from tests.hub.fake import FakeHub
 from tests.tiny import save_tiny

@@ -9,9 +9,9 @@ import pytest
 from httpx import ConnectError
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from awq import recipe
 from awq.errors import AwqError, CheckpointError, ConfigError
 from awq.hub import check_access, prepare, push
+from awq.pipeline import recipe
 from tests.checkpoint.small import digests, write_raw
 from tests.cli.run import refused, run, run_json
 from tests.hub.fake import FakeHub, refusal

@@ -8,31 +8,31 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.activations import Activations, ParkedList
-from awq.algorithm.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
-from awq.algorithm.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.deal import Measured, solve_dealt
-from awq.algorithm.find import PROBE_TOKENS, find_blocks
-from awq.algorithm.folded import Folded, is_alone, scale_group
-from awq.algorithm.groups import ScaleGroup, Structure, find_structure
 from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
+from awq.algorithm.inputs.coverage import Counts, counted, every_expert, in_all
+from awq.algorithm.inputs.propagate import Propagation, enter_both, recorded
+from awq.algorithm.inputs.routing import recorded_routing
+from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.learn import learn
-from awq.algorithm.outliers import Budget, keep_plainly
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
-from awq.algorithm.propagate import Propagation, enter_both, recorded
 from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
-from awq.algorithm.rounding import PLAIN_LOOP, ColumnLoop
-from awq.algorithm.routing import recorded_routing
-from awq.algorithm.siblings import Siblings
-from awq.algorithm.solution import Linear, Linears, Solution, column_scales
-from awq.algorithm.solve import solve, solve_propagated
-from awq.algorithm.stats import InputStats
-from awq.algorithm.stream import find_residuals
+from awq.algorithm.search.folded import Folded, is_alone, scale_group
+from awq.algorithm.search.outliers import Budget, keep_plainly
+from awq.algorithm.search.rounding import PLAIN_LOOP, ColumnLoop
+from awq.algorithm.search.solution import Linear, Linears, Solution, column_scales
+from awq.algorithm.search.solve import solve, solve_propagated
 from awq.config import QuantConfig
-from awq.linears import linear_shape, shared_parameters
+from awq.structure.blocks import PROBE_TOKENS, find_blocks
+from awq.structure.groups import ScaleGroup, Structure, find_structure
+from awq.structure.linears import linear_shape, shared_parameters
+from awq.structure.siblings import Siblings
+from awq.structure.stream import find_residuals
 
-__all__ = ["QuantizedLinear", "find_blocks", "quantize_blocks", "storage_dtype"]
+__all__ = ["QuantizedLinear", "quantize_blocks", "storage_dtype"]
 
 STATS_BYTES = 16 << 30  # of statistics of one linear in all experts; above, they have one in common
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awq.algorithm.affine import Affine
-from awq.algorithm.moments import Moments
+from awq.algorithm.inputs.moments import Moments
 from awq.algorithm.ranks import ALONE, among, here
-from awq.algorithm.solution import Coded, Linear, Linears, Solution
+from awq.algorithm.search.affine import Affine
+from awq.algorithm.search.solution import Coded, Linear, Linears, Solution
 from awq.config import QuantConfig
 
 Measured = tuple[Moments, Moments] | None  # to fit and to judge by; None where the float model's statistics serve

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from awq.algorithm.affine import SMALLEST_SCALE
-from awq.algorithm.capture import CHUNK_TOKENS, fast_matmul
 from awq.algorithm.graphed import Graphed
-from awq.algorithm.propagate import Propagation, replaced_weights
+from awq.algorithm.inputs.capture import CHUNK_TOKENS, fast_matmul
+from awq.algorithm.inputs.propagate import Propagation, replaced_weights
+from awq.algorithm.inputs.text import Batch, Text, Weights, distance
 from awq.algorithm.ranks import here
-from awq.algorithm.solution import Coded
-from awq.algorithm.text import Batch, Text, Weights, distance
+from awq.algorithm.search.affine import SMALLEST_SCALE
+from awq.algorithm.search.solution import Coded
 
 STEPS = 200
 CHUNKS = 2  # of a step: 4096 tokens

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from awq.algorithm.coverage import Counts
-from awq.algorithm.groups import Structure
-from awq.algorithm.siblings import Siblings
-from awq.algorithm.solution import Linears
+from awq.algorithm.inputs.coverage import Counts
+from awq.algorithm.search.solution import Linears
+from awq.structure.groups import Structure
+from awq.structure.siblings import Siblings
 
 MAX_PASSES = 8  # of a block; where more sets of linears wait for their input, one pass serves them all
 PASS_BYTES = 4 << 30  # of moments in one pass; it decides how many passes experts take, and nothing of the result

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from awq.algorithm.outliers import Kept
-from awq.algorithm.solution import Coded, Linear, Solution
+from awq.algorithm.search.outliers import Kept
+from awq.algorithm.search.solution import Coded, Linear, Solution
 from awq.config import QuantConfig
 from awq.packing import Outliers, PackedInt4, pack
 

@@ -14,7 +14,7 @@ from awq.engine import attach
 from awq.engine.head import use_head
 from awq.kernels import pinned_version
 from awq.linear import QuantLinear
-from awq.source import replace_module, skeleton
+from awq.pretrained.source import replace_module, skeleton
 
 _GROUP = 128
 # width, inner width, layers, heads, kv heads, vocabulary

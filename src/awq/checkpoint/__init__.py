@@ -1,6 +1,5 @@
 """Checkpoint folders: any AWQ layout is read, the gemm layout is written."""
 
-from awq.checkpoint.convert import convert_checkpoint
 from awq.checkpoint.output import check_output, finished_recipe
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.checkpoint.write import Written, write_checkpoint
@@ -9,7 +8,6 @@ __all__ = [
     "Checkpoint",
     "Written",
     "check_output",
-    "convert_checkpoint",
     "finished_recipe",
     "open_checkpoint",
     "write_checkpoint",

@@ -40,7 +40,7 @@ def chat(
     from transformers import TextStreamer
 
     from awq.bench.generation import Clock
-    from awq.load import load_quantized
+    from awq.storage.load import load_quantized
 
     if head:
         say(head_effect(checkpoint, head, target, revision, trust_remote_code))
@@ -114,8 +114,8 @@ class Conversation:
 
     def _tokens(self) -> list[int]:
         """All that was said, through the template; without one, line by line."""
-        from awq.bounds import bounded
-        from awq.unreadable import one_sentence
+        from awq.pretrained.bounds import bounded
+        from awq.pretrained.unreadable import one_sentence
 
         if not self.tokenizer.chat_template:
             return list(self.tokenizer("\n".join(message["content"] for message in self.messages) + "\n")["input_ids"])

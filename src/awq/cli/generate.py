@@ -43,7 +43,7 @@ def generate(
     from transformers import TextStreamer
 
     from awq.bench.generation import Clock
-    from awq.load import load_quantized
+    from awq.storage.load import load_quantized
 
     if head:
         say(head_effect(checkpoint, head, target, revision, trust_remote_code))
@@ -76,8 +76,8 @@ def generate(
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> Any:
     """The prompt as a batch of one: through the chat template where there is one and not `raw`."""
-    from awq.bounds import bounded
-    from awq.unreadable import one_sentence
+    from awq.pretrained.bounds import bounded
+    from awq.pretrained.unreadable import one_sentence
 
     if raw or not tokenizer.chat_template:
         with one_sentence(tokenizer.name_or_path, "tokenizer"):

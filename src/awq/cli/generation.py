@@ -53,7 +53,7 @@ def bench_model(
     target = options.torch_device(device)
     from awq.bench.report import generation_file, machine_facts, write_generation
     from awq.kernels import pinned_version
-    from awq.source import find_source
+    from awq.pretrained.source import find_source
 
     source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None
     file = generation_file(csv, target) if csv else None
@@ -84,7 +84,7 @@ def _loader(
 ) -> Callable[..., Any]:
     """What makes the model of a version: random weights for the name of a shape that is no folder, else the folder."""
     from awq.bench.models import MODELS, config_of, random_model
-    from awq.load import load_quantized
+    from awq.storage.load import load_quantized
 
     if checkpoint.lower() in MODELS and not Path(checkpoint).exists():
         config = config_of(checkpoint.lower())
@@ -100,7 +100,7 @@ def head_effect(checkpoint: str, head: str, target: torch.device, revision: str 
     """A sentence with the perplexity of the built-in text before and after the head is replaced."""
     from awq.engine.head import use_head
     from awq.evaluate import evaluation_tokens, perplexity
-    from awq.load import load_quantized
+    from awq.storage.load import load_quantized
 
     tokenizer = options.load_tokenizer(checkpoint, revision, trust)
     model = load_quantized(checkpoint, device=target, revision=revision, trust_remote_code=trust)

@@ -20,7 +20,7 @@ TITLES = {"loss_rounding": "plain rounding", "loss": "AWQ", "loss_with_outliers"
 def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: options.Json = False) -> None:
     """Show a checkpoint: settings, and each linear's loss."""
     from awq.checkpoint.read import open_checkpoint
-    from awq.source import find_folder
+    from awq.pretrained.source import find_folder
 
     opened = open_checkpoint(find_folder(checkpoint))
     report = opened.report or {}

@@ -40,8 +40,8 @@ def evaluate(
     """Measure perplexity, agreement with the float model, and lm-eval's tasks."""
     target = options.torch_device(device)
     from awq.evaluate import check_tasks, compare, evaluate_tasks, evaluation_tokens, perplexity
-    from awq.load import load_dequantized
-    from awq.source import find_source
+    from awq.pretrained.source import find_source
+    from awq.storage.load import load_dequantized
 
     asked = [task.strip() for task in (tasks or "").split(",") if task.strip()]
     if asked:

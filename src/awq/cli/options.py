@@ -66,7 +66,7 @@ def sampling(
 def torch_device(word: str) -> torch.device:
     """The device that a word means; ConfigError for an unknown or absent one."""
     quiet_libraries()
-    from awq.source import pick_device
+    from awq.pretrained.source import pick_device
 
     return pick_device(word)
 
@@ -75,10 +75,10 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
     """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
     from transformers import AutoTokenizer
 
-    from awq.checkpoint.limits import check_folder, check_tokenizer
     from awq.errors import CheckpointError
-    from awq.source import find_folder
-    from awq.unreadable import one_sentence
+    from awq.pretrained.limits import check_folder, check_tokenizer
+    from awq.pretrained.source import find_folder
+    from awq.pretrained.unreadable import one_sentence
 
     path = find_folder(folder, revision=revision)
     check_folder(path, trust_remote_code)

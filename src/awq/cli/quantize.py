@@ -14,7 +14,7 @@ from awq.config import MAX_OUTLIER_RATIO, QuantConfig
 from awq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from awq.recipe import Finished
+    from awq.pipeline.recipe import Finished
 
 DEFAULTS = QuantConfig()
 
@@ -104,7 +104,7 @@ def quantize(
         raise ConfigError(f"bits={bits} cannot be stored: use 4; other widths can only be evaluated in Python.")
     options.quiet_libraries()
     from awq import hub
-    from awq.recipe import quantize_folder
+    from awq.pipeline.recipe import quantize_folder
 
     if push_to_hub:
         hub.check_access(push_to_hub, private)

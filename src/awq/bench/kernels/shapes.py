@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from awq.algorithm.outliers import outlier_count
+from awq.algorithm.search.outliers import outlier_count
 from awq.config import MAX_OUTLIER_RATIO
 from awq.errors import ConfigError
 

@@ -1,0 +1,205 @@
+"""Two streams through a block, the float model's and the one behind quantized linears, and what tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awq.algorithm.held import IN_MEMORY, Weights
+from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.capture import Chunk, enter_dealt, fast_matmul, in_chunks
+from awq.algorithm.inputs.moments import Moments
+from awq.algorithm.inputs.routing import replayed_routing
+from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
+from awq.structure.probe import Stop
+from awq.structure.siblings import Siblings
+from awq.structure.stream import BLOCK
+
+# Every seventh sequence is held out: 7 is prime to the number of sources that take turns in the calibration text.
+HELD_OUT = 7
+Seen = dict[str, Tensor]
+
+
+def enter_both(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, device: torch.device, weights: Weights = IN_MEMORY
+) -> list[Chunk]:
+    """`enter_dealt`, with the sequences that are held out in chunks of their own; of a single one, none is."""
+    held = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
+    if len(tokens) > 1 and not held.any():
+        held[-1] = True
+    chunks = enter_dealt(model, blocks, tokens[~held], device, weights)
+    first = len(in_chunks(tokens[~held]))
+    for chunk in enter_dealt(model, blocks, tokens[held], device, weights, first) if held.any() else ():
+        chunk.held_out = True
+        chunks.append(chunk)
+    return sorted(chunks, key=lambda chunk: chunk.number % LANES)
+
+
+@contextmanager
+def recorded(
+    block: nn.Module, names: Collection[str], last: str | None = None, activations: Activations | None = None
+) -> Iterator[Any]:
+    """For every run of `block`, the first input of each module in `names`, [tokens, width]; `last` ends the run.
+
+    Of a module in an expert it is all inputs, the tokens that the expert is given behind those of a sample, which are
+    multiplied by the root of their weight. What was seen is kept in `activations`, if any.
+    """
+    runs: Any = activations.list() if activations else []
+    like = Siblings(block)
+
+    def start(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        runs.append({BLOCK: args[0].flatten(0, -2)} if BLOCK in names else {})
+
+    def look(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x, seen = args[0].flatten(0, -2), runs[-1]
+            if (weight := like.weight(name)) != 1:
+                x = x * weight**0.5
+            seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
+            if name == last:
+                raise Stop
+
+        return hook
+
+    with ExitStack() as hooks:
+        hooks.enter_context(block.register_forward_pre_hook(start))
+        for name in set(names) - {BLOCK}:
+            hooks.enter_context(block.get_submodule(name).register_forward_pre_hook(look(name)))
+        yield runs
+
+
+@dataclass
+class Propagation:
+    """One block on its way.
+
+    inputs:    the block's input of each chunk in the float model
+    exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold
+    residuals: by linear that writes to the residual stream, the module that reads it just before
+    routing:   by chunk, the experts of each token in the float model
+    done:      the weights of the linears that are quantized, as the int4 alone has them
+    """
+
+    block: nn.Module
+    index: int
+    chunks: list[Chunk]
+    inputs: Sequence[Tensor]
+    exact: Iterable[Mapping[str, Tensor]] = ()
+    residuals: Mapping[str, str] = field(default_factory=dict)
+    routing: list[dict[str, Any]] = field(default_factory=list)
+    done: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def like(self) -> Siblings:
+        return Siblings(self.block)
+
+    def __post_init__(self) -> None:
+        shapes = self.inputs.shapes if isinstance(self.inputs, ParkedList) else [x.shape for x in self.inputs]
+        told = here().tell([shape[:-1].numel() for shape in shapes])
+        self.everything = {count for counts in told for count in counts}  # the numbers of tokens in a chunk
+
+    def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
+        """For each set of linears that read one input, the moments to fit, and the held-out ones to judge by.
+
+        A set holds, by linear, what its columns have been multiplied by in folds.
+        """
+        all_fit = not any(here().tell(any(chunk.held_out for chunk in self.chunks)))
+        results = {held_out: [self._empty(scales) for scales in sets] for held_out in (False, True)}
+        lane = [self._empty(scales) for scales in sets]
+        weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
+        runs = zip(self.entering(), self.exact, self.routing, strict=True)
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for together in rounds(runs, lambda run: run[0][0].number):
+                parts = in_turn(together, lambda run: run[0][0].held_out, results)
+                for (held_out, totals), part in zip(results.items(), parts, strict=True):
+                    for (chunk, before), exact, routing in part:
+                        with replayed_routing(self.block, routing):
+                            seen = self._run(chunk, before, sets)
+                        for moments, scales, own in zip(lane, sets, weights, strict=True):
+                            judged = own if held_out or all_fit else {}
+                            self._add(moments, scales, exact, seen, judged, before.shape[:-1].numel())
+                    fold(totals, lane)
+        for moments in (*results[False], *results[True]):
+            moments.finish()
+        return list(zip(results[False], results[not all_fit], strict=True))
+
+    def advance(self) -> None:
+        """Move the quantized stream on to the block's output."""
+        with fast_matmul(), replaced_weights(self.block, self.done):
+            for chunk, before in self.entering():
+                chunk.quantized = chunk.run(self.index, self.block, before)
+
+    def entering(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk with what the block is given behind quantized blocks."""
+        for index, chunk in enumerate(self.chunks):
+            quantized = chunk.quantized
+            yield chunk, self.inputs[index] if quantized is None else quantized
+
+    def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
+        """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
+        firsts = [next(iter(scales)) for scales in sets]
+        points = {self.residuals[name] for scales in sets for name in scales if name in self.residuals}
+        last = firsts[0] if len(firsts) == 1 and not self.like.place(firsts[0]) else None
+        runs: list[Seen]
+        with recorded(self.block, points.union(firsts), last) as runs, suppress(Stop):
+            chunk.run(self.index, self.block, before)
+        return runs[0]
+
+    def _add(
+        self,
+        moments: Moments,
+        scales: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor],
+        seen: Seen,
+        judged: Mapping[str, Tensor],
+        tokens: int,
+    ) -> None:
+        """judged: the float weights of linears whose loss will be asked for; tokens: of the chunk"""
+        first, scale = next(iter(scales.items()))
+        x, before = seen.get(first), exact.get(first)
+        if x is None:
+            return
+        drift, lag = None, {}
+        if before is not None and before.shape == x.shape and self._same_tokens(first, x):
+            drift = before / scale - x
+            lag = {
+                name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
+            }
+        moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
+        moments.add_missed(judged, drift, lag)
+
+    def _empty(self, scales: Mapping[str, Tensor]) -> Moments:
+        scale = next(iter(scales.values()))
+        rows = {name: len(_weight(self.block.get_submodule(name))) for name in scales}
+        lag = {name: count for name, count in rows.items() if name in self.residuals}
+        return Moments.empty(len(scale), scale.device, lag, rows)
+
+    def _same_tokens(self, name: str, x: Tensor) -> bool:
+        """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
+        return len(x) in self.everything or self.like.routed(name)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.data
+
+
+@contextmanager
+def replaced_weights(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """`block` with other weights in some of its linears."""
+    modules = {name: block.get_submodule(name) for name in weights}
+    originals = {name: module.weight for name, module in modules.items()}
+    saved = {name: original.data for name, original in originals.items()}
+    try:
+        for name, weight in weights.items():
+            originals[name].data = weight
+        yield
+    finally:
+        for name, original in originals.items():
+            original.data = saved[name]

@@ -1,0 +1,54 @@
+"""Group scales refitted by least squares with the codes fixed: rounding moved the weights, and the best scale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.ranks import by_rows
+from awq.algorithm.search.affine import Affine
+from awq.algorithm.search.loss import row_errors
+
+_RIDGE = 1e-6  # relative; keeps the systems of all-zero groups solvable
+
+
+def refit_scales(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Affine:
+    """The grid with the scales that minimize the output error of `codes` [out, in], row by row.
+
+    A row keeps its old scales where the new ones, as float16 stores them, are not better. Zeros stay as they are.
+    """
+
+    def refitted(part: slice) -> Tensor:
+        return _refitted(weight[part], codes[part], grid.rows(part), gram)
+
+    return replace(grid, scales=by_rows(weight, refitted, torch.empty_like(grid.scales)))
+
+
+def _refitted(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Tensor:
+    groups = grid.scales.shape[1]
+    steps = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes)  # code - zero
+    with fast_matmul():
+        scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
+    with fast_matmul(enabled=False):
+        refitted = replace(grid, scales=scales)
+        better = row_errors(refitted.decode(codes) - weight, gram) < row_errors(grid.decode(codes) - weight, gram)
+    keep = better & (scales > 0).all(1)
+    return torch.where(keep.unsqueeze(1), scales, grid.scales)
+
+
+def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
+    """Normal equations of every row: sum_h (u_g G u_h) s_h = u_g G w, with u_g the steps of group g."""
+    out, size = steps.shape[0], steps.shape[1] // groups
+    grouped = steps.view(out, groups, size)
+    normal = steps.new_empty(out, groups, groups)
+    for g in range(groups):
+        projected = grouped[:, g] @ gram[g * size : (g + 1) * size]
+        normal[:, g] = (projected.view(out, groups, size) * grouped).sum(-1)
+    right = ((weight @ gram).view(out, groups, size) * grouped).sum(-1)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
+    solution: Tensor = torch.linalg.solve_ex(normal, right)[0]
+    return solution

@@ -1,0 +1,117 @@
+"""Compensated rounding: the error of each column is made good by the columns not yet rounded (OBS, GPTQ).
+
+Frantar et al. 2022, arXiv 2210.17323: columns in order of decreasing Gram diagonal, the group grids fixed beforehand.
+Plain rounding is `Affine.encode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.ranks import share, slabs, taken
+from awq.algorithm.search.affine import Affine
+
+DAMPING = 0.05  # of the mean diagonal, added to the diagonal; 0.01 to 0.3 measured alike
+_STRONGER = 10.0  # where the Gram matrix is not positive definite
+
+
+class ColumnLoop(NamedTuple):
+    """Rounds a block of columns one by one, before the rest of them is told in one product; a GPU has a kernel for it.
+
+    round:   (weight [k, out], factor [k, k], scales [k, out], zeros [k, out], highest code) -> codes uint8 [k, out]
+             and errors float32 [k, out], each divided by its factor's diagonal: everything transposed
+    columns: k, at most
+    """
+
+    round: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    columns: int
+
+
+def round_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+    """The column loop in plain torch."""
+    weight, errors = weight.clone(), torch.empty_like(weight)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    for i, pivot in enumerate(factor.diagonal().tolist()):
+        code = torch.round(weight[i] / scales[i]).add_(zeros[i]).clamp_(0, highest)
+        codes[i] = code
+        errors[i] = (weight[i] - (code - zeros[i]) * scales[i]) / pivot
+        weight[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
+
+
+PLAIN_LOOP = ColumnLoop(round_columns, 32)  # small enough for a CPU's cache
+
+
+class Rounded(NamedTuple):
+    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit."""
+
+    codes: Tensor
+    unrounded: Tensor
+
+
+def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = PLAIN_LOOP) -> Rounded | None:
+    """`weight` [out, in] on `grid`; None where `gram` [in, in] has no usable factor.
+
+    The linears that read one input are solved as one: their rows do not touch each other.
+    """
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(gram[order.unsqueeze(1), order])
+    if factor is None:
+        return None
+    parts = slabs(weight)
+    own = taken(parts)
+    if len(own) == len(parts):
+        return _round(weight, grid, order, factor, columns, _sizes(own))
+    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
+    if own:
+        rows = slice(own[0].start, own[-1].stop)
+        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own))
+        result.codes[rows], result.unrounded[rows] = rounded
+    return Rounded(*(share(parts, values) for values in result))
+
+
+def _sizes(parts: Sequence[slice]) -> list[int]:
+    return [part.stop - part.start for part in parts]
+
+
+def _round(
+    weight: Tensor, grid: Affine, order: Tensor, factor: Tensor, columns: ColumnLoop, sizes: list[int]
+) -> Rounded:
+    """sizes: of the slabs of rows that make a product each; the column loop takes them all at once"""
+    group = order // (weight.shape[1] // grid.scales.shape[1])
+    rest, scales, zeros = (
+        values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
+    )
+    codes, pivots = torch.empty_like(rest, dtype=torch.uint8), factor.diagonal().unsqueeze(1)
+    with fast_matmul(enabled=False):
+        for start in range(0, len(order), columns.columns):
+            part, later = slice(start, start + columns.columns), slice(start + columns.columns, None)
+            mine = rest[part], factor[part, part], scales[part], zeros[part]
+            codes[part], errors = columns.round(*mine, 2**grid.bits - 1)
+            for slab, some in zip(rest[later].split(sizes, 1), errors.split(sizes, 1), strict=True):
+                slab -= factor[part, later].t() @ some.contiguous()  # as long a row for any number of ranks
+            rest[part] = errors * pivots[part] / scales[part] + codes[part]
+    back = order.argsort()
+    return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
+
+
+def _inverse_factor(gram: Tensor) -> Tensor | None:
+    """Upper triangular U with U^T U = (gram + damping)^-1, from one Cholesky factor of the reversed matrix."""
+    mean = gram.diagonal().mean()
+    if not (mean > 0 and gram.isfinite().all()):
+        return None
+    for damping in (DAMPING, DAMPING * _STRONGER, DAMPING * _STRONGER**2):
+        damped = gram.flip(0, 1)  # a copy: the largest matrices of a block are few here, each 0.5 GB for 11008 inputs
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = damped.zero_().fill_diagonal_(1)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            return inverse.flip(0, 1)
+    return None

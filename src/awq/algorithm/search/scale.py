@@ -1,0 +1,92 @@
+"""The activation-aware scale: salient channels are multiplied before rounding, divided after (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.stats import InputStats
+from awq.algorithm.ranks import row_sums
+from awq.algorithm.search.loss import row_errors
+
+GRID = 20
+Round = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A weight, float32 [out_features, in_features], that the scale would multiply, and what it reads.
+
+    tokens: how many reach it, at least 1, by which its error counts
+    role:   the same for a linear in all experts; the others have one each
+    """
+
+    weight: Tensor
+    stats: InputStats
+    tokens: float
+    role: str
+
+
+def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Round, expand: Round) -> Tensor | None:
+    """The scale [producer channels] under which rounding costs the least output error; None for no scale.
+
+    Candidates are mean|x| ** exponent, first every other exponent of a grid over (0, 1], then the neighbours of the
+    best. The search runs in reduced precision; its winner is taken only if float32 finds it better than plain rounding
+    in sum, and no role worse by itself. `reduce` and `expand` map consumer to producer channels and back.
+    """
+    if not consumers:
+        return None
+    magnitude = reduce(_mean_abs(consumers))
+    # A channel that the text leaves silent counts as any other: some other text may need it. The floor, relative to the
+    # loudest, keeps a norm divided by the scale within float16.
+    magnitude = torch.where(magnitude > 0, magnitude, magnitude.mean()).clamp_min(1e-6 * magnitude.max())
+    if not magnitude.isfinite().all() or not magnitude.any():
+        return None
+
+    def candidate(step: int) -> Tensor:
+        return _normalized(magnitude ** (step / GRID))
+
+    def loss(step: int) -> float:
+        return float(_errors(consumers, round_weight, expand(candidate(step))).sum())
+
+    with fast_matmul():
+        losses = {step: loss(step) for step in range(2, GRID + 1, 2)}
+        nearest = min(losses, key=losses.__getitem__)
+        losses |= {step: loss(step) for step in (nearest - 1, nearest + 1) if step <= GRID}
+    best = candidate(min(losses, key=losses.__getitem__))
+    with fast_matmul(enabled=False):
+        plain = _errors(consumers, round_weight, torch.ones_like(expand(best)))
+        scaled = _errors(consumers, round_weight, expand(best))
+    return best if bool((scaled <= plain).all()) and bool(scaled.sum() < plain.sum()) else None
+
+
+def _errors(consumers: Sequence[Consumer], round_weight: Round, scale: Tensor) -> Tensor:
+    """Output error by role when the weights are rounded under `scale` [in_features]."""
+    most = max(consumer.tokens for consumer in consumers)
+
+    def rows(place: int, part: slice) -> Tensor:
+        weight = consumers[place].weight[part]
+        return row_errors(round_weight(weight * scale) / scale - weight, consumers[place].stats.gram)
+
+    roles: dict[str, Tensor] = {}
+    errors = row_sums([consumer.weight for consumer in consumers], rows)
+    for consumer, error in zip(consumers, errors, strict=True):
+        error = error * (consumer.tokens / most)
+        roles[consumer.role] = roles[consumer.role] + error if consumer.role in roles else error
+    return torch.stack(list(roles.values()))
+
+
+def _mean_abs(consumers: Sequence[Consumer]) -> Tensor:
+    """The mean of |x| over the tokens of all consumers, each input counted once."""
+    inputs = {id(consumer.stats): consumer for consumer in consumers}.values()
+    total = sum(consumer.tokens for consumer in inputs)
+    means = [consumer.stats.mean_abs * (consumer.tokens / total) for consumer in inputs]
+    return sum(means[1:], means[0])
+
+
+def _normalized(scale: Tensor) -> Tensor:
+    return scale / (scale.max() * scale.min()).sqrt()

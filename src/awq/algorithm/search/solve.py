@@ -1,0 +1,118 @@
+"""Linears that read one input, to codes on their grids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.moments import RIDGES, Moments
+from awq.algorithm.search.affine import Affine
+from awq.algorithm.search.clip import search_clip
+from awq.algorithm.search.refit import refit_scales
+from awq.algorithm.search.rounding import ColumnLoop, Rounded, round_compensated
+from awq.algorithm.search.solution import Coded, Judge, Linear, Linears, Solution, full_range
+from awq.config import QuantConfig
+
+Judges = dict[str, Judge]
+
+
+def plain(weight: Tensor, config: QuantConfig) -> Tensor:
+    """`weight` after plain rounding."""
+    return full_range(weight, config).round(weight)
+
+
+def solve(linears: Linears, config: QuantConfig) -> Solution:
+    """effort="fast": plain rounding on clipped ranges, by the input in the float model."""
+    return Solution(linears, {name: _round_plainly(linear, config) for name, linear in linears.items()})
+
+
+def solve_propagated(
+    linears: Linears, fit: Moments, held_out: Moments, config: QuantConfig, columns: ColumnLoop
+) -> Solution:
+    """Compensated rounding of the corrected weight, by the input behind quantized linears.
+
+    Where the weight as it was, or plain rounding, do better on held-out text, that is taken.
+    """
+    if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
+        return solve(linears, config)
+    judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
+    coded = _compensate(judges, fit, config, columns)
+    return Solution.measured(linears, coded, fit, held_out)
+
+
+def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop) -> dict[str, Coded]:
+    """The best that held-out text finds among compensated, clipped and plain rounding, by linear."""
+    targets = _targets(judges, fit)
+    grids = {name: _clipped(target, fit.gram, config) for name, target in targets.items()}
+    compensated = _rounded(targets, grids, fit.gram, columns)
+    coded, learned = {}, config.effort == "max"
+    for name, judge in judges.items():
+        weight, target, grid = judge.linear.weight, targets[name], grids[name]
+        pairs = (target, grid), (weight, full_range(weight, config))
+        trials = [Coded.plainly(*pair, learned) for pair in pairs]
+        if name in compensated:
+            codes, unrounded = compensated[name]
+            trials.insert(0, Coded(grid, codes, target, unrounded if learned else None, "compensated"))
+        best = min(trials, key=lambda trial: judge(trial.decode()))
+        if config.refit:
+            best = min(_refitted(best, fit.gram), best, key=lambda trial: judge(trial.decode()))
+        coded[name] = replace(best, corrected=not torch.equal(best.target, weight))
+    return coded
+
+
+def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
+    """The weights to round: corrected with the ridge that is closest on held-out text, or as they are.
+
+    Weaker corrections are tried as long as one of the linears gains by them.
+    """
+    weights = {name: judge.linear.weight for name, judge in judges.items()}
+    best = dict(weights)
+    losses = {name: judge(weights[name]) for name, judge in judges.items()}
+    corrections = fit.corrections(weights, RIDGES)
+    for ridge in RIDGES:
+        with fast_matmul(enabled=False):
+            trials = next(corrections)
+        trial_losses = {name: judges[name](trial) for name, trial in trials.items()}
+        better = [name for name, loss in trial_losses.items() if loss < losses[name]]
+        best |= {name: trials[name] for name in better}
+        losses |= {name: trial_losses[name] for name in better}
+        if not better and ridge != RIDGES[0]:
+            break
+    return best
+
+
+def _rounded(
+    targets: dict[str, Tensor], grids: dict[str, Affine], gram: Tensor, columns: ColumnLoop
+) -> dict[str, Rounded]:
+    """Compensated codes by linear, all solved as one; none where the Gram matrix does not allow it."""
+    joined = Affine(
+        torch.cat([grid.scales for grid in grids.values()]),
+        torch.cat([grid.zeros for grid in grids.values()]),
+        next(iter(grids.values())).bits,
+    )
+    together = round_compensated(torch.cat(list(targets.values())), gram, joined, columns)
+    if together is None:
+        return {}
+    rows = [len(target) for target in targets.values()]
+    parts = zip(together.codes.split(rows), together.unrounded.split(rows), strict=True)
+    return {name: Rounded(*part) for name, part in zip(targets, parts, strict=True)}
+
+
+def _round_plainly(linear: Linear, config: QuantConfig) -> Coded:
+    if not linear.usable:
+        return Coded.plainly(linear.weight, full_range(linear.weight, config))
+    coded = Coded.plainly(linear.weight, _clipped(linear.weight, linear.stats.gram, config))
+    return _refitted(coded, linear.stats.gram) if config.refit else coded
+
+
+def _refitted(coded: Coded, gram: Tensor) -> Coded:
+    return replace(coded, grid=refit_scales(coded.target, coded.codes, coded.grid, gram))
+
+
+def _clipped(weight: Tensor, gram: Tensor, config: QuantConfig) -> Affine:
+    if not config.clip:
+        return full_range(weight, config)
+    return search_clip(weight, gram, config.group_size or -1, config.bits, config.zero_point)
