@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from awq.cli import options
-from awq.cli.generation import head_effect
+from awq.cli.generation import checkpoint_loader
 from awq.cli.output import say
 
 if TYPE_CHECKING:
@@ -40,13 +40,10 @@ def chat(
     from transformers import TextStreamer
 
     from awq.bench.generation import Clock
-    from awq.storage.load import load_quantized
 
-    if head:
-        say(head_effect(checkpoint, head, target, revision, trust_remote_code))
+    load = checkpoint_loader(checkpoint, target, head, revision, trust_remote_code)
     tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
-    trust: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = load_quantized(checkpoint, version=version, device=target, head=head, **trust)
+    model = load(version=version)
     talk = Conversation(model, tokenizer, system, settings | {"max_new_tokens": max_new_tokens})
     torch.manual_seed(seed)
     say(f"{model.engine}. {_HELP}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from awq.cli import options
-from awq.cli.generation import head_effect
+from awq.cli.generation import checkpoint_loader
 from awq.cli.output import print_json, say
 from awq.errors import ConfigError
 
@@ -43,20 +43,10 @@ def generate(
     from transformers import TextStreamer
 
     from awq.bench.generation import Clock
-    from awq.storage.load import load_quantized
 
-    if head:
-        say(head_effect(checkpoint, head, target, revision, trust_remote_code))
+    load = checkpoint_loader(checkpoint, target, head, revision, trust_remote_code)
     tokenizer = options.load_tokenizer(checkpoint, revision, trust_remote_code)
-    model = load_quantized(
-        checkpoint,
-        version=version,
-        kernel=kernel,
-        device=target,
-        head=head,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    model = load(version=version, kernel=kernel)
     inputs = encode(tokenizer, prompt, raw).to(model.device)
     torch.manual_seed(seed)
     if stop:

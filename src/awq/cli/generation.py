@@ -84,13 +84,21 @@ def _loader(
 ) -> Callable[..., Any]:
     """What makes the model of a version: random weights for the name of a shape that is no folder, else the folder."""
     from awq.bench.models import MODELS, config_of, random_model
-    from awq.storage.load import load_quantized
 
     if checkpoint.lower() in MODELS and not Path(checkpoint).exists():
         config = config_of(checkpoint.lower())
         return partial(random_model, config, target, outlier_ratio=outlier_ratio, head=head)
     if outlier_ratio:
         raise ConfigError(f"--outlier-ratio is for shapes with random weights, and {checkpoint} is a checkpoint.")
+    return checkpoint_loader(checkpoint, target, head, revision, trust)
+
+
+def checkpoint_loader(
+    checkpoint: str, target: torch.device, head: str | None, revision: str | None, trust: bool
+) -> Callable[..., Any]:
+    """What loads the checkpoint, given `version` and `kernel`; what a rounded head costs is said first."""
+    from awq.storage.load import load_quantized
+
     if head:
         say(head_effect(checkpoint, head, target, revision, trust))
     return partial(load_quantized, checkpoint, device=target, head=head, revision=revision, trust_remote_code=trust)
