@@ -12,8 +12,8 @@ from awq.algorithm.inputs.text import Batch, Text
 from awq.algorithm.learn import Learned, _Linear, _Norm, _picks, cpu_minutes, learn
 from awq.algorithm.search.affine import fit_affine
 from awq.algorithm.search.solution import Coded
+from tests.algorithm.inputs.test_propagate import output_of
 from tests.algorithm.test_blocks import apply, quantized
-from tests.algorithm.test_propagate import output_of
 from tests.tiny import random_tokens, tiny_llama
 
 TEXT = random_tokens(147, 48)  # three chunks, and one that is held out

@@ -1,6 +1,7 @@
-"""Damage model folders at random, seeded, and read them within a limit of memory: `python -m tests.fuzz FOLDER ...`.
+"""Damage model folders at random, seeded, and read them within a limit of memory.
 
-Run in a process of its own, which ends with a traceback where something else than one sentence comes of it.
+`python -m tests.pretrained.fuzz FOLDER ...` runs in a process of its own, which ends with a traceback where something
+else than one sentence comes of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from awq.checkpoint.output import unfinished
 from awq.checkpoint.read import open_checkpoint
 from awq.errors import AwqError
 from tests.checkpoint.small import digests
-from tests.killed import Runner
+from tests.pipeline.killed import Runner
 from tests.tiny import save_tiny, tiny_llama
 
 BLOCKS = 4

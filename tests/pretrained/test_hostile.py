@@ -412,7 +412,7 @@ def test_random_damage_within_a_limit_of_memory(models: dict[str, Path], kind: s
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.fuzz", models[kind], "0", rounds]
+    command = [sys.executable, "-m", "tests.pretrained.fuzz", models[kind], "0", rounds]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.splitlines()[-1]) > 10, done.stdout
