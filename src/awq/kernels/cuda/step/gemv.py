@@ -33,9 +33,7 @@ def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Te
     return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon)
 
 
-def accumulate(
-    x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float
-) -> Callable[[int], None]:
+def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float) -> Callable[[int], None]:
     """stream += factor * (x W^T + bias). x: [rows, in_features] float16 or bfloat16
 
     Where the rows have no room in shared memory, a part of their channels after the other.
