@@ -360,7 +360,8 @@ def test_rows_beside_each_other_are_rows_alone(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", ["Llama-3", "Qwen2.5"])
 def test_generate_of_a_batch_is_that_of_its_rows(name: str, batch: int) -> None:
     model = quantized_model(name, torch.float16)
-    assert [attach(model).engine.tier_of(rows) for rows in (1, batch, 9)] == [2, 2, 1], model.engine
+    engine = attach(model).engine
+    assert [engine.tier_of(rows) for rows in (1, batch, 9)] == [2, 2, 1], engine
     tokens, mask = torch.randint(3, 1000, (batch, 20), device=GPU), torch.ones(batch, 20, dtype=torch.int64, device=GPU)
     for row in range(batch):
         mask[row, : 2 * row] = 0

@@ -292,27 +292,23 @@ DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
 #if NORM && ROWS > 1
 // Several rows of the stream: a thread takes 4 channels of every row at a time, HELD such in registers. Where there are
 // more, all but the last are read again for the second pass, from the second-level cache.
-constexpr int HELD = 2;
+constexpr int HELD = 2, QUADS_K = 4 * MATH_THREADS;
 struct Quads { float4 x[HELD][ROWS], weight[HELD]; };
-DEVICE int channel_of(int first, int j, int thread) { return 4 * ((first + j) * MATH_THREADS + thread); }
-DEVICE void load_weights(Quads& to, const Params& p, int first, int thread) {
+DEVICE void load_weights(Quads& to, const Params& p, int k) {
 #pragma unroll
-  for (int j = 0; j < HELD; j++) {
-    int k = channel_of(first, j, thread);
+  for (int j = 0; j < HELD; j++, k += QUADS_K)
     to.weight[j] = k < p.in_features ? __ldg((const float4*)(p.norm + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
-  }
 }
-DEVICE void load_quads(Quads& to, const Params& p, int first, int thread) {
+DEVICE void load_quads(Quads& to, const Params& p, int k) {
+  const float* x = (const float*)p.x + k;
 #pragma unroll
-  for (int j = 0; j < HELD; j++) {
-    int k = channel_of(first, j, thread);
+  for (int row = 0; row < ROWS; row++, x += p.x_stride)
 #pragma unroll
-    for (int row = 0; row < ROWS; row++) {
-      bool there = row < p.rows && k < p.in_features;
-      uint4 raw = there ? load_fresh16((const float*)p.x + row * p.x_stride + k) : make_uint4(0, 0, 0, 0);
+    for (int j = 0; j < HELD; j++) {
+      bool there = row < p.rows && k + j * QUADS_K < p.in_features;
+      uint4 raw = there ? load_fresh16(x + j * QUADS_K) : make_uint4(0, 0, 0, 0);
       to.x[j][row] = make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
     }
-  }
 }
 // Each row's sum over the lanes; lane 4r + c gets that of row r. Halves of the rows change hands, then quarters.
 DEVICE float sum_of_row(float (&v)[ROWS], int lane) {
@@ -341,14 +337,15 @@ DEVICE void scales_of_rows(float (&scales)[ROWS], const Params& p, const Layout&
   for (int row = 0; row < ROWS; row++) scales[row] = __shfl_sync(~0u, scale, 4 * row);
 }
 DEVICE void norm_rows(const Params& p, const Layout& s, int thread, int warp, int lane) {
-  const int width = p.units * UNIT_K, last = (width - 1) / (4 * HELD * MATH_THREADS) * HELD;
+  constexpr int STEP = HELD * QUADS_K;
+  const int width = p.units * UNIT_K, last = (width - 1) / STEP * STEP + 4 * thread;
   Quads quads;
   float square[ROWS] = {}, scales[ROWS];
-  load_weights(quads, p, last, thread);  // no earlier kernel writes them
+  load_weights(quads, p, last);  // no earlier kernel writes them
   wait_for_earlier_kernels();
 #pragma unroll 1
-  for (int first = 0; first <= last; first += HELD) {
-    load_quads(quads, p, first, thread);
+  for (int k = 4 * thread; k <= last; k += STEP) {
+    load_quads(quads, p, k);
 #pragma unroll
     for (int j = 0; j < HELD; j++)
 #pragma unroll
@@ -359,24 +356,21 @@ DEVICE void norm_rows(const Params& p, const Layout& s, int thread, int warp, in
   }
   scales_of_rows(scales, p, s, square, warp, lane);
 #pragma unroll 1
-  for (int first = last; first >= 0; first -= HELD) {
-    if (first < last) {
-      load_weights(quads, p, first, thread);
-      load_quads(quads, p, first, thread);
+  for (int k = last; k >= 0; k -= STEP) {
+    if (k < last) {
+      load_weights(quads, p, k);
+      load_quads(quads, p, k);
     }
+    u32 to = s.x + k * 2;
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
-      int k = channel_of(first, j, thread);
-      float4 w = quads.weight[j];
+    for (int row = 0; row < ROWS; row++, to += s.pitch)
 #pragma unroll
-      for (int row = 0; row < ROWS; row++) {
-        if (row >= p.rows || k >= width) continue;
-        float4 x = quads.x[j][row];
-        u32 low = narrow2(x.x * scales[row] * w.x, x.y * scales[row] * w.y);
-        u32 high = narrow2(x.z * scales[row] * w.z, x.w * scales[row] * w.w);
-        store_shared8(s.x + row * s.pitch + k * 2, __uint_as_float(low), __uint_as_float(high));
+      for (int j = 0; j < HELD; j++) {
+        float4 x = quads.x[j][row], w = quads.weight[j];
+        float low = __uint_as_float(narrow2(x.x * scales[row] * w.x, x.y * scales[row] * w.y));
+        float high = __uint_as_float(narrow2(x.z * scales[row] * w.z, x.w * scales[row] * w.w));
+        if (row < p.rows && k + j * QUADS_K < width) store_shared8(to + j * QUADS_K * 2, low, high);
       }
-    }
   }
   if (p.kept_steps) asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");  // see Gather
 }
