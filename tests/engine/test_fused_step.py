@@ -250,9 +250,10 @@ def weights_of(width: int, hidden: int, layers: int = 2) -> tuple[Any, list[Weig
         ((8192, 28672), 227, 8),
         ((12288, 28672), 227, 5),
         ((4096, 14336), 99, 8),
-        ((8192, 28672), 99, 5),  # 5 x 16 KB, and 16 KB of sums
+        ((8192, 28672), 99, 4),
         ((8192, 28672), 64, 0),
-        ((8192, 8192), 64, 2),
+        ((2048, 8192), 64, 7),
+        ((8192, 8192), 64, 1),
     ],
 )
 def test_how_many_rows_fit(sizes: tuple[int, int], kib: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

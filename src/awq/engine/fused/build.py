@@ -20,7 +20,7 @@ from awq.kernels.cuda.step.gemv import fits, units_at_once
 from awq.kernels.cuda.step.launch import OLDEST
 from awq.linear import QuantLinear
 
-_HEAD_PADDING = 264  # channels, and bytes, that the head takes beside a row
+_HEAD_PART, _HEAD_BYTES = 256, 34 << 10  # channels that the head takes at a time; its shared memory beside the rows
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,12 +54,11 @@ def most_rows(plan: Plan, weights: Sequence[Weights], device: int) -> int:
     """How many rows every kernel takes at once: what it reads of all must fit into shared memory. 0: not even one."""
     normed = [each.units for layer in weights for each in (layer.qkv, layer.gate_up)]
     added = [each.units for layer in weights for each in (layer.output, layer.down)]
-    of_head = 2 * (plan.embedding.shape[1] + _HEAD_PADDING)
+    memory, of_head = gpu(device).shared_memory, 2 * (-(-plan.embedding.shape[1] // _HEAD_PART) * _HEAD_PART + 8)
 
     def fit(rows: int) -> bool:
-        head = rows == 1 or rows * of_head <= gpu(device).shared_memory - _HEAD_PADDING
         return (
-            head
+            (rows == 1 or rows * of_head + _HEAD_BYTES <= memory)
             and all(fits(each, device, rows) for each in normed)
             and all(units_at_once(each, device, rows) for each in added)
         )
