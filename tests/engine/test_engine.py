@@ -93,6 +93,29 @@ def test_a_step_is_compared_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -
     assert isinstance(BUILDERS, list)
 
 
+class WrongTogether(Wrong):
+    """Right for one row."""
+
+    max_batch = 8
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        logits = self.inner.decode(tokens, positions, cache)
+        return logits if len(tokens) == 1 else logits * self.factor
+
+
+def test_one_row_and_several_are_compared_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "cannot_capture", lambda self: None)
+    model = attach(tiny_llama())
+    monkeypatch.setattr("awq.engine.choose.BUILDERS", [lambda model: WrongTogether(model, 1.0)])
+    assert [model.engine.tier_of(batch) for batch in (1, 2, 8, 9)] == [2, 2, 2, 1]
+    assert "a wrong step (up to 8 rows, more by the model's own forward), static" in str(model.engine)
+    model.engine.reset()
+    monkeypatch.setattr("awq.engine.choose.BUILDERS", [lambda model: WrongTogether(model, 1.01)])
+    assert [model.engine.tier_of(batch) for batch in (1, 2, 8)] == [2, 1, 1]
+    assert "a wrong step (1 row, more by the model's own forward), static" in str(model.engine)
+    assert "not a wrong step of several rows: its logits differ by 0.0" in str(model.engine)
+
+
 def test_a_step_that_cannot_be_captured_is_launched_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "cannot_capture", lambda self: None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from awq.algorithm.search.affine import fit_affine
 from awq.engine.cache import KVCache, windows_of
+from awq.engine.fused import build as build_module
 from awq.engine.fused import step as step_module
-from awq.engine.fused.build import _merge, fused_step, obstacle
+from awq.engine.fused.build import _merge, fused_step, most_rows, obstacle
 from awq.engine.fused.discover import discover
+from awq.engine.fused.merged import Merged
 from awq.engine.fused.plan import ACTIVATIONS, Plan
 from awq.engine.fused.reference import attend
-from awq.engine.fused.step import FusedStep
+from awq.engine.fused.step import FusedStep, Weights
 from awq.engine.head import Int8Head
-from awq.kernels.cuda.layout import Units, units_to_dense
+from awq.kernels.cuda.layout import Gpu, Units, units_to_dense
+from awq.kernels.cuda.step import gemv as step_gemv
 from awq.kernels.cuda.step.attention import Heads, splits_of
 from awq.linear import QuantLinear
 from awq.packing import Outliers, pack
@@ -52,7 +55,8 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launched:
     def run(_: int) -> None:
-        out[:, : units.out_features] = product(normed(stream, norm, epsilon), units, bias)
+        assert out.shape == (len(stream), units.out_features) and out.is_contiguous()
+        out.copy_(product(normed(stream, norm, epsilon), units, bias))
 
     return run
 
@@ -95,14 +99,19 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Any:
         def run(_: int) -> None:
             now, size = int(slot), heads.head_dim
             at = ((heads.query_at, heads.heads), (heads.key_at, heads.key_heads), (heads.value_at, heads.key_heads))
-            query, key, value = (qkv[0, start : start + n * size].float().view(n, size) for start, n in at)
-            keys[0, :, now] = turned(key, heads.key_norm, int(position))
-            values[0, :, now] = value
-            start = max(int(first), now - window + 1 if window else 0)
-            seen = (torch.arange(now + 1) >= start)[None, None, None]
-            query = turned(query, heads.query_norm, int(position))[None, :, None]
-            y = attend(query, keys[:, :, : now + 1], values[:, :, : now + 1], heads.scale, seen)
-            out[:, : heads.heads * size] = y.flatten(1)
+            assert out.shape == (len(qkv), heads.heads * size) and out.is_contiguous()
+            for row, place in enumerate(position.tolist()):
+                if first[row] > now:  # padding, which the engine leaves to the prefill
+                    out[row] = 0
+                    continue
+                query, key, value = (qkv[row, start : start + n * size].float().view(n, size) for start, n in at)
+                keys[row, :, now] = turned(key, heads.key_norm, place)
+                values[row, :, now] = value
+                start = max(int(first[row]), now - window + 1 if window else 0)
+                seen = (torch.arange(now + 1) >= start)[None, None, None]
+                query = turned(query, heads.query_norm, place)[None, :, None]
+                past = slice(row, row + 1), slice(None), slice(now + 1)
+                out[row] = attend(query, keys[past], values[past], heads.scale, seen).flatten()
 
         return run
 
@@ -176,21 +185,25 @@ def built(model: Any) -> FusedStep:
     assert isinstance(plan, Plan), plan
     assert obstacle(plan, CPU) is None
     weights = [_merge(layer) for layer in plan.layers]
-    return FusedStep(plan, [each for each in weights if not isinstance(each, str)])
+    return FusedStep(plan, [each for each in weights if not isinstance(each, str)], max_batch=8)
 
 
-def decoded(model: Any, step: FusedStep, tokens: Tensor) -> Tensor:
+def decoded(model: Any, step: FusedStep, tokens: Tensor, padding: Sequence[int] = (0,)) -> Tensor:
+    """[slots, batch, vocabulary], with so many columns of padding before each row."""
     windows, config = windows_of(model.config), model.config
     assert isinstance(windows, list)
-    cache = KVCache(windows, 1, 256, CPU)
+    batch, first = len(tokens), torch.tensor(padding)
+    cache = KVCache(windows, batch, 256, CPU)
+    cache.first.copy_(first)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    empty = torch.zeros(1, config.num_key_value_heads, 0, size, dtype=model.dtype)
+    empty = torch.zeros(batch, config.num_key_value_heads, 0, size, dtype=model.dtype)
     for layer in cache.parts:
         layer.lazy_initialization(empty, empty)
     logits = []
     for slot in range(tokens.shape[1]):
         cache.slot.fill_(slot)
-        logits.append(step.decode(tokens[:, slot : slot + 1], torch.tensor([[slot]]), cache).clone())
+        positions = (slot - first).clamp(min=0).unsqueeze(1)
+        logits.append(step.decode(tokens[:, slot : slot + 1], positions, cache).clone())
     return torch.stack(logits)
 
 
@@ -204,6 +217,50 @@ def test_the_step_is_the_model(name: str, kept: int) -> None:
     step = built(model)
     assert distance(decoded(model, step, tokens), before) < 1e-2
     assert torch.equal(own(model, tokens), before)  # its linears are views now
+
+
+@pytest.mark.parametrize("name", ["llama-3", "qwen3", "mistral"])
+def test_rows_beside_each_other_are_rows_alone(name: str) -> None:
+    kind, settings = MODELS[name]
+    model = quantized(model_of(kind, **settings).half(), kept=3)
+    step = built(model)
+    for padding in ((0, 3, 1), (2,), (1, 0)):  # one after the other over the same buffers
+        tokens = random_tokens(len(padding), 14)
+        logits = decoded(model, step, tokens, padding)
+        for row, first in enumerate(padding):
+            assert distance(logits[first:, row], own(model, tokens[row : row + 1, first:])[:, 0]) < 1e-2
+
+
+def weights_of(width: int, hidden: int, layers: int = 2) -> tuple[Any, list[Weights]]:
+    """A plan and its weights by their sizes alone."""
+
+    def merged(rows: int, columns: int) -> Merged:
+        return Merged(Units(torch.empty(0), torch.empty(0), None, None, columns, rows, 128), None)
+
+    shapes = ((3 * width, width), (width, width), (2 * hidden, width), (width, hidden))
+    weights = [Weights(*(merged(*shape) for shape in shapes)) for _ in range(layers)]
+    return SimpleNamespace(embedding=torch.empty(0, width)), weights
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kib", "rows"),
+    [
+        ((4096, 11008), 227, 8),
+        ((4096, 14336), 227, 8),
+        ((8192, 28672), 227, 8),
+        ((12288, 28672), 227, 5),
+        ((4096, 14336), 99, 8),
+        ((8192, 28672), 99, 4),
+        ((8192, 28672), 64, 0),
+        ((2048, 8192), 64, 7),
+        ((8192, 8192), 64, 1),
+    ],
+)
+def test_how_many_rows_fit(sizes: tuple[int, int], kib: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu("sm_90a" if kib == 227 else "sm_120a", 132, 1024 * kib)
+    for module in (build_module, step_gemv):
+        monkeypatch.setattr(module, "gpu", lambda _: gpu)
+    assert most_rows(*weights_of(*sizes), 0) == rows
 
 
 def test_merged_linears_share_one_memory() -> None:

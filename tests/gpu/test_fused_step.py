@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from awq.engine.fused.step import FusedStep
 from awq.kernels.cuda.layout import to_units
 from awq.kernels.cuda.step import attention, ends, gemv
 from awq.kernels.cuda.step.attention import HeadNorm, Heads
-from awq.kernels.cuda.step.launch import OLDEST, Launch
+from awq.kernels.cuda.step.launch import OLDEST
 from awq.linear import QuantLinear
 from awq.packing import pack
 from tests.gpu.on_gpu import GPU, dtypes, packed_on_gpu, relative
@@ -47,7 +47,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def enqueue(launch: Launch) -> None:
+def enqueue(launch: Callable[[int], None]) -> None:
     launch(torch.cuda.current_stream().cuda_stream)
 
 
@@ -86,6 +86,60 @@ def test_norm_residual_and_gate_around_a_product(shape: tuple[int, int, int, int
     before = stream.clone()
     enqueue(gemv.accumulate(x, units, bias, stream, 0.5))
     assert relative(stream - before, 0.5 * (x.float() @ weight.t() + bias.float())) < LIMIT[dtype]
+
+
+SEVERAL = [
+    (128, 64, 32, 0, 8),
+    (64, 128, 64, 2, 5),
+    (960, 576, 64, 5, 3),
+    (4096, 4096, 128, 40, 8),
+    (22016, 4096, 128, 0, 8),
+    (4096, 11008, 128, 110, 8),
+    (4096, 11008, 128, 0, 4),
+    (4096, 14336, 128, 7, 6),
+    (6144, 5120, 128, 7, 2),
+    (10240, 8192, 128, 0, 8),
+    (8192, 28672, 128, 0, 7),
+]
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("shape", SEVERAL, ids=str)
+def test_several_rows(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
+    """Rows of sizes a million apart: each is as good as alone. Nothing beyond the last is written."""
+    rows, width, group, kept, count = shape
+    packed = packed_on_gpu((rows, width, group), True)
+    outliers = random_outliers(packed, kept).to(GPU) if kept else None
+    units, weight = to_units(packed, outliers, GPU), packed.dequantize(torch.float32)
+    weight = weight if outliers is None else outliers.add_to(weight)
+    bias, norm = torch.randn(rows, device=GPU).to(dtype), 1 + 0.2 * torch.randn(width, device=GPU)
+    stream = torch.randn(count, width, device=GPU) * torch.logspace(-3, 3, count, device=GPU).unsqueeze(1)
+    stream[:, width // 2] *= 100
+    if gemv.fits(units, 0, count):
+        true = rms_norm(stream, norm, 1e-5) @ weight.t() + bias.float()
+        y = poisoned(count, rows, dtype=dtype)
+        enqueue(gemv.project(stream, norm, 1e-5, units, bias, y))
+        assert worst_row(y, true) < LIMIT[dtype]
+        for name, activation in ACTIVATIONS.items():
+            y = poisoned(count, rows // 2, dtype=dtype)
+            enqueue(gemv.gated(stream, norm, 1e-5, units, bias, y, name))
+            gate, up = true.chunk(2, -1)
+            assert worst_row(y, activation(gate) * up) < 2 * LIMIT[dtype]
+    x, buffer = torch.randn(count, width, device=GPU).to(dtype), torch.randn(count + 1, rows, device=GPU)
+    before, stream = buffer.clone(), buffer[:count]
+    add = gemv.accumulate(x, units, bias, stream, 0.5)
+    enqueue(add)
+    assert worst_row(stream - before[:count], 0.5 * (x.float() @ weight.t() + bias.float())) < LIMIT[dtype]
+    assert torch.equal(buffer[count], before[count])
+    first = buffer.clone()
+    for _ in range(20):  # the same sums each time
+        buffer.copy_(before)
+        enqueue(add)
+        assert torch.equal(buffer, first)
+
+
+def worst_row(y: Tensor, true: Tensor) -> float:
+    return max(relative(*pair) for pair in zip(y, true, strict=True))
 
 
 HEADS = [
@@ -238,20 +292,25 @@ def quantized_model(name: str, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def decoded(model: Any, step: FusedStep, tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
+def decoded(
+    model: Any, step: FusedStep, tokens: Tensor, run: Callable[..., Tensor], padding: Sequence[int] = (0,)
+) -> Tensor:
+    """[batch, slots, vocabulary], with so many columns of padding before each row."""
+    batch, first = len(tokens), torch.tensor(padding, device=GPU)
     windows, config = windows_of(model.config), model.config
     assert isinstance(windows, list)
-    cache = KVCache(windows, 1, 256, GPU)
+    cache = KVCache(windows, batch, 256, GPU)
+    cache.first.copy_(first)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    empty = torch.zeros(1, config.num_key_value_heads, 0, size, dtype=model.dtype, device=GPU)
+    empty = torch.zeros(batch, config.num_key_value_heads, 0, size, dtype=model.dtype, device=GPU)
     for layer in cache.parts:
         layer.lazy_initialization(empty, empty)
     logits = []
     for slot in range(tokens.shape[1]):
-        cache.slot.fill_(slot), cache.positions.fill_(slot)
+        cache.slot.fill_(slot), cache.positions.copy_((slot - first).clamp(min=0).unsqueeze(1))
         cache.tokens.copy_(tokens[:, slot : slot + 1])
-        logits.append(run(cache, lambda: step.decode(cache.tokens, cache.positions, cache)).clone()[0])
-    return torch.stack(logits)
+        logits.append(run(cache, lambda: step.decode(cache.tokens, cache.positions, cache)).clone())
+    return torch.stack(logits, dim=1)
 
 
 def plain_run(_: KVCache, work: Callable[[], Tensor]) -> Tensor:
@@ -272,12 +331,47 @@ def test_the_step_is_the_model(name: str, dtype: torch.dtype) -> None:
         true = model(input_ids=tokens).logits[0].float()
     step = fused_step(model)
     assert isinstance(step, FusedStep), step
-    first = decoded(model, step, tokens, plain_run)
+    first = decoded(model, step, tokens, plain_run)[0]
     limit = 1e-2 if dtype == torch.float16 else 6e-2  # the model's own residual stream is rounded, the step's is not
     assert relative(first, true) < limit
-    assert torch.equal(decoded(model, step, tokens, captured_run), first)
+    assert torch.equal(decoded(model, step, tokens, captured_run)[0], first)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=tokens).logits[0].float(), true)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("name", ["Llama-2", "Llama-3", "Qwen3", "Mistral", "Gemma"])
+def test_rows_beside_each_other_are_rows_alone(name: str, dtype: torch.dtype) -> None:
+    model = quantized_model(name, dtype)
+    step = fused_step(model)
+    assert isinstance(step, FusedStep) and step.max_batch == 8
+    limit = 1e-2 if dtype == torch.float16 else 6e-2
+    for padding in ((0, 0, 0, 0, 0, 0, 0, 0), (0, 5), (3, 0, 9), (1, 7, 0, 2, 11, 3, 0, 5)):
+        tokens = torch.randint(3, 1000, (len(padding), 40), device=GPU)
+        found = decoded(model, step, tokens, plain_run, padding)
+        assert torch.equal(decoded(model, step, tokens, captured_run, padding), found)
+        for row, first in enumerate(padding):
+            with torch.inference_mode():
+                true = model(input_ids=tokens[row : row + 1, first:]).logits[0].float()
+            assert relative(found[row, first:], true) < limit
+
+
+@pytest.mark.parametrize("batch", [2, 3, 8])
+@pytest.mark.parametrize("name", ["Llama-3", "Qwen2.5"])
+def test_generate_of_a_batch_is_that_of_its_rows(name: str, batch: int) -> None:
+    model = quantized_model(name, torch.float16)
+    engine = attach(model).engine
+    assert [engine.tier_of(rows) for rows in (1, batch, 9)] == [2, 2, 1], engine
+    tokens, mask = torch.randint(3, 1000, (batch, 20), device=GPU), torch.ones(batch, 20, dtype=torch.int64, device=GPU)
+    for row in range(batch):
+        mask[row, : 2 * row] = 0
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    answer = model.generate(tokens, attention_mask=mask, **settings)
+    for row in range(batch):
+        with torch.inference_mode():
+            logits = model(input_ids=answer[row : row + 1, 2 * row :]).logits[0, 19 - 2 * row : -1].float()
+        chosen = logits.gather(1, answer[row, 20:, None]).squeeze(1)
+        assert bool((chosen >= logits.amax(1) - 0.02 * logits.abs().amax()).all())  # ties may fall either way
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -40,8 +40,29 @@ class Ways:
 
     def way(self, batch: int, ragged: bool = False) -> Way | None:
         """The first that takes so many rows; `ragged`: with padding between tokens, which only tier 1 does."""
-        takes = (way for way in self.ways if batch <= (way.step.max_batch or batch))
+        takes = (way for way in self.ways if batch <= (way.max_batch or batch))
         return next((way for way in takes if way.step.tier == 1 or not ragged), None)
+
+    def try_out(self, way: Way, probe: Probe) -> None:
+        """Take `way` if it holds. One row and several may be other kernels: each is tried, and one may hold alone."""
+        step = way.step
+        alone = step.max_batch == 1 or (way.captured and step.max_batch is not None)
+        if reason := probe.difference(way, alone):
+            self.refused[step.how] = reason
+            return
+        if alone and step.max_batch != 1 and (reason := probe.difference(way)):
+            self.refused[f"{step.how} of several rows"] = reason
+            way.most = 1
+        self.ways.append(way)
+
+    @property
+    def names(self) -> str:
+        """What the first way is, and what takes more rows than it does."""
+        first, *others = self.ways
+        if first.max_batch is None or not others:
+            return first.step.how
+        rows = "1 row" if first.max_batch == 1 else f"up to {first.max_batch} rows"
+        return f"{first.step.how} ({rows}, more by {others[0].step.how})"
 
 
 def choose(model: Any) -> Ways:
@@ -61,15 +82,12 @@ def choose(model: Any) -> Ways:
     plain = probe.cannot_capture()
     builders = BUILDERS if not plain else PLAIN_BUILDERS if probe.whole else []
     for step in _steps(model, builders, found.refused, own):
-        if reason := probe.difference(Way(step, captured=not plain)):
-            found.refused[step.how] = reason
-        else:
-            found.ways.append(Way(step, captured=not plain))
+        found.try_out(Way(step, captured=not plain), probe)
     found.padded_prompts = not plain and bool(found.ways) and probe.padding_is_harmless()
     if not found.ways:
         plain = found.refused[own.how]
         found.ways.append(Way(own, captured=False))
-    found.reason = f"{found.ways[0].step.how}, static cache, " + (f"no CUDA graph ({plain})" if plain else "CUDA graph")
+    found.reason = f"{found.names}, static cache, " + (f"no CUDA graph ({plain})" if plain else "CUDA graph")
     return found
 
 
@@ -110,16 +128,17 @@ class Probe:
             return f"the model is spread over {places}"
         return None if self.device.type == "cuda" else f"{self.device.type} has none"
 
-    def difference(self, way: Way) -> str | None:
-        """What is wrong with `way`, None where its logits are the model's own."""
+    def difference(self, way: Way, alone: bool = False) -> str | None:
+        """What is wrong with `way`, None where its logits are the model's own; `alone`: of the first row by itself."""
+        rows = slice(0, 1 if alone else 2)
         try:
             with torch.inference_mode():
                 if self.truth is None:
                     self.truth = self._plain(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
-                logits = self._logits(way)
+                logits = self._logits(way, rows)
         except _CANNOT as error:
             return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        return self._compare(logits, self.truth)
+        return self._compare(logits, self.truth[:, rows])
 
     def padding_is_harmless(self) -> bool:
         """Whether the second row's prompt, with as many tokens behind it, has the logits that it has alone."""
@@ -161,14 +180,8 @@ class Probe:
         logits: Tensor = output.logits[:, -1].clone()
         return logits
 
-    def _logits(self, way: Way) -> Tensor:
-        """The same by `way`, whose step may take one row only."""
-        if way.step.max_batch != 1:
-            return self._logits_of(way, slice(0, 2))
-        return torch.cat([self._logits_of(way, slice(row, row + 1)) for row in range(2)], dim=1)
-
-    def _logits_of(self, way: Way, rows: slice) -> Tensor:
-        """The prompts of `rows` by a forward, then a step a token."""
+    def _logits(self, way: Way, rows: slice) -> Tensor:
+        """The same of `rows` by `way`: the prompts by a forward, then a step a token."""
         batch = rows.stop - rows.start
         cache = KVCache(self.windows, batch, BUCKET, self.device)
         logits = [self._forward(0, _PROMPT, cache, rows)]

@@ -25,10 +25,19 @@ AHEAD = 2  # steps enqueued before the token of an earlier one is read: one runs
 
 @dataclass
 class Way:
-    """How decode steps run: captured in CUDA graphs, or each launched from here."""
+    """How decode steps run: captured in CUDA graphs, or each launched from here.
+
+    most: rows for which that was found right, None for as many as the step takes
+    """
 
     step: Step
     captured: bool
+    most: int | None = None
+
+    @property
+    def max_batch(self) -> int | None:
+        """Rows that it takes, None without a limit."""
+        return min((limit for limit in (self.step.max_batch, self.most) if limit), default=None)
 
 
 class Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from awq.engine.fused.merged import merge_linears
 from awq.engine.fused.plan import Layer, Plan
 from awq.engine.fused.step import FusedStep, Weights
 from awq.engine.head import Int8Head
-from awq.kernels.cuda.layout import TILE_ROWS
+from awq.kernels.cuda.layout import TILE_ROWS, gpu
 from awq.kernels.cuda.step.attention import HEAD_DIMS
-from awq.kernels.cuda.step.gemv import fits
+from awq.kernels.cuda.step.ends import MAX_ROWS
+from awq.kernels.cuda.step.gemv import fits, units_at_once
 from awq.kernels.cuda.step.launch import OLDEST
 from awq.linear import QuantLinear
 
+_HEAD_PART, _HEAD_BYTES = 256, 34 << 10  # channels that the head takes at a time; its shared memory beside the rows
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -43,9 +46,24 @@ def fused_step(model: Any) -> FusedStep | str:
                 return merged
             weights.append(merged)
         torch.cuda.empty_cache()  # what the linears had each for itself
-        if not all(fits(each.units, device.index or 0) for layer in weights for each in vars(layer).values()):
-            return "a row does not fit into the shared memory of this GPU"
-        return FusedStep(plan, weights)
+        rows = most_rows(plan, weights, device.index or 0)
+        return FusedStep(plan, weights, rows) if rows else "a row does not fit into the shared memory of this GPU"
+
+
+def most_rows(plan: Plan, weights: Sequence[Weights], device: int) -> int:
+    """How many rows every kernel takes at once: what it reads of all must fit into shared memory. 0: not even one."""
+    normed = [each.units for layer in weights for each in (layer.qkv, layer.gate_up)]
+    added = [each.units for layer in weights for each in (layer.output, layer.down)]
+    memory, of_head = gpu(device).shared_memory, 2 * (-(-plan.embedding.shape[1] // _HEAD_PART) * _HEAD_PART + 8)
+
+    def fit(rows: int) -> bool:
+        return (
+            (rows == 1 or rows * of_head + _HEAD_BYTES <= memory)
+            and all(fits(each, device, rows) for each in normed)
+            and all(units_at_once(each, device, rows) for each in added)
+        )
+
+    return next((rows for rows in range(MAX_ROWS, 0, -1) if fit(rows)), 0) if fit(1) else 0
 
 
 def obstacle(plan: Plan, device: torch.device) -> str | None:

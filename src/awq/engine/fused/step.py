@@ -1,8 +1,8 @@
-"""The fused step on a GPU: buffers between the kernels, and the launches of one token. See `awq.kernels.cuda.step`."""
+"""The fused step on a GPU: buffers between the kernels, and their launches. See `awq.kernels.cuda.step`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,11 @@ from awq.engine.head import Int8Head
 from awq.kernels.cuda.step.attention import Bind, HeadNorm, Heads, attention
 from awq.kernels.cuda.step.ends import embed, head
 from awq.kernels.cuda.step.gemv import accumulate, gated, project
-from awq.kernels.cuda.step.launch import Launch
 
 if TYPE_CHECKING:
     from awq.engine.cache import KVCache
+
+Launched = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -32,73 +33,125 @@ class Weights:
 
 
 class FusedStep:
-    """A `Step` of one row. Of the model it keeps tensors, and copies of its rotary modules.
+    """A `Step` of up to `max_batch` rows. It keeps linears of the model, and copies of its rotary modules.
 
     It has one set of buffers: steps must not run side by side. Logits are overwritten by the next step.
     """
 
     tier = 2
     how = "fused step"
-    max_batch: int | None = 1
 
-    def __init__(self, plan: Plan, weights: Sequence[Weights]) -> None:
-        table = plan.embedding.detach()
-        self._stream = torch.zeros(1, table.shape[1], device=table.device)
-        self._embed = embed(table, self._stream, plan.embedding_factor)
-        self._logits = torch.zeros(1, len(table), device=table.device)
-        self._attentions = [layer.attention for layer in plan.layers]
-        self._qkv = _buffer(table, (each.qkv.units.out_features for each in weights))
-        self._y = _buffer(table, (each.heads * each.head_dim for each in self._attentions))
-        self._product = _buffer(table, (each.down.units.in_features for each in weights))
-        self._layers = [self._launches(layer, each) for layer, each in zip(plan.layers, weights, strict=True)]
-        self._head = self._last(plan)
-        self._binds: dict[int, list[Bind]] = {}  # by the capacity of a cache; graphs read the tables of RoPE of theirs
+    def __init__(self, plan: Plan, weights: Sequence[Weights], max_batch: int = 1) -> None:
+        self.max_batch: int | None = max_batch
+        self._plan, self._weights = plan, weights
+        self._buffers = Buffers.of(plan, weights, max_batch)
+        self._rows: dict[int, Rows] = {}
+        self._ropes: dict[int, dict[int, Tensor]] = {}  # by the capacity of a cache; graphs read the tables of theirs
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """float32 [1, vocabulary]; see `Step`. The first call for a cache of some capacity must not be captured."""
-        with torch.cuda.device(self._stream.get_device()):
-            if cache.capacity not in self._binds:
-                self._binds[cache.capacity] = self._make_binds(cache.capacity)
-            self._enqueue(tokens, positions, cache, torch.cuda.current_stream().cuda_stream)
-        return self._logits
+        """float32 [batch, vocabulary]; see `Step`. The first call for a batch and a capacity must not be captured."""
+        with torch.cuda.device(self._buffers.stream.get_device()):
+            rows = self.rows(len(tokens))
+            if cache.capacity not in rows.binds:
+                rows.bind(cache.capacity, self._tables(cache.capacity))
+            rows.enqueue(tokens, positions, cache, torch.cuda.current_stream().cuda_stream)
+        return rows.logits
 
-    def _enqueue(self, tokens: Tensor, positions: Tensor, cache: KVCache, stream: int) -> None:
-        self._embed(tokens.view(1))(stream)
-        for index, ((before, *after), bind) in enumerate(zip(self._layers, self._binds[cache.capacity], strict=True)):
+    def rows(self, count: int) -> Rows:
+        """The launches for so many rows, made when they are first asked for."""
+        if count not in self._rows:
+            self._rows[count] = Rows(self._plan, self._weights, self._buffers, count)
+        return self._rows[count]
+
+    def _tables(self, positions: int) -> dict[int, Tensor]:
+        """Tables of RoPE for so many positions, one for the layers that share it."""
+        if positions not in self._ropes:
+            ropes = {id(rope): rope for layer in self._plan.layers if (rope := layer.attention.rope)}
+            device = self._buffers.stream.device
+            self._ropes[positions] = {key: rope.table(positions).to(device).contiguous() for key, rope in ropes.items()}
+        return self._ropes[positions]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What lies between the kernels. stream float32 [rows, width], logits float32 [rows, vocabulary]; the others hold
+    rows of a layer one after the other: projections, results of attention, products of gate and up."""
+
+    stream: Tensor
+    logits: Tensor
+    qkv: Tensor
+    y: Tensor
+    product: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, weights: Sequence[Weights], rows: int) -> Buffers:
+        table = plan.embedding.detach()
+
+        def buffer(widths: Iterable[int]) -> Tensor:
+            return torch.zeros(rows * max(widths), dtype=table.dtype, device=table.device)
+
+        return cls(
+            torch.zeros(rows, table.shape[1], device=table.device),
+            torch.zeros(rows, len(table), device=table.device),
+            buffer(each.qkv.units.out_features for each in weights),
+            buffer(each.output.units.in_features for each in weights),
+            buffer(each.down.units.in_features for each in weights),
+        )
+
+
+class Rows:
+    """The launches of a step of `count` rows: of every layer the projection, and what follows its attention.
+
+    binds: of the attention of every layer, by the capacity of a cache
+    """
+
+    def __init__(self, plan: Plan, weights: Sequence[Weights], buffers: Buffers, count: int) -> None:
+        self.count, self.buffers = count, buffers
+        self.stream, self.logits = buffers.stream[:count], buffers.logits[:count]
+        self.embed = embed(plan.embedding.detach(), self.stream, plan.embedding_factor)
+        self.layers = [self._launches(layer, each) for layer, each in zip(plan.layers, weights, strict=True)]
+        self.head = self._last(plan)
+        self.binds: dict[int, list[Bind]] = {}
+        widths = [(each.qkv.units.out_features, each.output.units.in_features) for each in weights]
+        self._attentions = list(zip((layer.attention for layer in plan.layers), widths, strict=True))
+
+    def enqueue(self, tokens: Tensor, positions: Tensor, cache: KVCache, stream: int) -> None:
+        self.embed(tokens.view(self.count))(stream)
+        for index, ((before, *after), bind) in enumerate(zip(self.layers, self.binds[cache.capacity], strict=True)):
             before(stream)
             keys, values, window = cache.keys(index), cache.values(index), cache.windows[index]
-            bind(keys, values, cache.slot, cache.first, positions.view(1), window)(stream)
+            bind(keys, values, cache.slot, cache.first, positions.view(self.count), window)(stream)
             for launch in after:
                 launch(stream)
-        self._head(stream)
+        self.head(stream)
 
-    def _launches(self, layer: Layer, weights: Weights) -> tuple[Launch, Launch, Launch, Launch]:
+    def bind(self, capacity: int, tables: dict[int, Tensor]) -> None:
+        self.binds[capacity] = [
+            attention(self._part(self.buffers.qkv, wide), _heads(each, tables), self._part(self.buffers.y, width))
+            for each, (wide, width) in self._attentions
+        ]
+
+    def _launches(self, layer: Layer, weights: Weights) -> tuple[Launched, Launched, Launched, Launched]:
         qkv, output, gate_up, down = weights.qkv, weights.output, weights.gate_up, weights.down
-        norm, mlp, stream = layer.norm, layer.mlp_norm, self._stream
-        y, product = self._y[:, : output.units.in_features], self._product[:, : down.units.in_features]
+        norm, mlp, stream = layer.norm, layer.mlp_norm, self.stream
+        projected = self._part(self.buffers.qkv, qkv.units.out_features)
+        y = self._part(self.buffers.y, output.units.in_features)
+        product = self._part(self.buffers.product, down.units.in_features)
         return (
-            project(stream, norm.weight, norm.epsilon, qkv.units, qkv.bias, self._qkv),
+            project(stream, norm.weight, norm.epsilon, qkv.units, qkv.bias, projected),
             accumulate(y, output.units, output.bias, stream, layer.output_factor),
             gated(stream, mlp.weight, mlp.epsilon, gate_up.units, gate_up.bias, product, layer.activation),
             accumulate(product, down.units, down.bias, stream, layer.down_factor),
         )
 
-    def _last(self, plan: Plan) -> Launch:
+    def _last(self, plan: Plan) -> Launched:
         norm, last = plan.norm, {**dict(plan.head.named_parameters()), **dict(plan.head.named_buffers())}
         weight = last["codes" if isinstance(plan.head, Int8Head) else "weight"].detach()
         bias, scales = (last[name].detach().float() if name in last else None for name in ("bias", "scales"))
-        return head(self._stream, norm.weight, norm.epsilon, weight, bias, self._logits, plan.head_factor, scales)
+        return head(self.stream, norm.weight, norm.epsilon, weight, bias, self.logits, plan.head_factor, scales)
 
-    def _make_binds(self, positions: int) -> list[Bind]:
-        """Tables of RoPE for so many positions, one for the layers that share it, and the attention of every layer."""
-        ropes = {id(each.rope): each.rope for each in self._attentions if each.rope}
-        device = self._stream.device
-        tables = {key: rope.table(positions).to(device).contiguous() for key, rope in ropes.items()}
-        return [attention(self._qkv, _heads(each, tables), self._y) for each in self._attentions]
-
-
-def _buffer(like: Tensor, widths: Iterable[int]) -> Tensor:
-    return torch.zeros(1, max(widths), dtype=like.dtype, device=like.device)
+    def _part(self, buffer: Tensor, width: int) -> Tensor:
+        return buffer[: self.count * width].view(self.count, width)
 
 
 def _heads(plan: Attention, tables: dict[int, Tensor]) -> Heads:

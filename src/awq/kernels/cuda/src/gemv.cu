@@ -18,13 +18,16 @@
 // Up to 8 rows (ROWS 8) are the 8 columns of float products with code - zero point, both exact, so their number costs
 // little; making planes of them would cost every block more than it saves (13.3 us at 12288 x 4096 and 4 rows).
 //
-// A fused decode step asks for more of one row:
+// A fused decode step asks for more:
 //
-//    NORM 1    x is the residual stream, float32, and what is multiplied is its RMSNorm. Its scale, one number, is put to
-//              the sums at the end, so that nothing waits for it.
+//    NORM 1    x is the residual stream, float32, and what is multiplied is its RMSNorm. One row's scale, one number, is
+//              put to the sums at the end, so that nothing waits for it. Several rows are normed before they are rounded
+//              to 16 bits, which the stream itself might exceed.
 //    OUTPUT 1  y float32 += factor * result: the residual stream again
 //    OUTPUT 2  y = act(gate) * up: the first half of the tiles are gates, the second what they multiply, and a block
 //              takes a tile of each in turn
+//
+// With OUTPUT 1 and several rows a launch may take a part of the input channels: x of all would not fit.
 #include "common.cuh"
 #include "dequantize.cuh"
 
@@ -85,6 +88,7 @@ struct Params {
   float share, epsilon;  // of the mean of squares: 1 / width, and what is added to it
   float factor;        // of OUTPUT 1
   int half;            // tiles of gates of OUTPUT 2
+  int apart;           // of OUTPUT 1 and several rows: units from a tile to the next, of which this launch takes some
 #endif
 };
 
@@ -123,6 +127,14 @@ DEVICE int tile_at(const Params& p, int i) { return (i & 1) * p.half + (int)bloc
 DEVICE int count_tiles(const Params& p) { return p.tiles + ((int)blockIdx.x < p.extra); }
 DEVICE int tile_at(const Params& p, int i) { return (int)blockIdx.x + i * (int)gridDim.x; }
 #endif
+// Units from one tile of the weight to the next.
+DEVICE int units_apart(const Params& p) {
+#if OUTPUT == 1 && ROWS > 1
+  return p.apart;
+#else
+  return p.units;
+#endif
+}
 // The how manieth tile in its slot.
 DEVICE int turn_of(const Params& p, int tile) { return tile >> __popc(p.slots - 1); }
 // Warps that have a unit of a given tile.
@@ -162,7 +174,7 @@ DEVICE void await(u32 at, int turn, int warps) {
 // 8 k of a k16 step, 4d..4d+3 and 4d+8..4d+11 (d = part % 2), become 8 bytes of each plane, the blocks 2d and 2d + 1, and
 // each group an entry of the table: {step, sum / 65536}. A step is worth 1/16 of the last plane's unit, since the odd
 // steps' codes come 16 times too large.
-#if NORM
+#if NORM && ROWS == 1
 DEVICE void make_planes(const Layout& s, const float (&v)[8], bool there, int part) {
   float most = 0.f, sum = 0.f;
 #else
@@ -214,7 +226,7 @@ DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 
 // One row: loads, planes, stores. Four chunks at a time: one after the other each would wait for the second-level cache,
 // and all of 28672 channels at once took 2 us in which the math stood still.
-#if NORM  // 8 floats and the norm's weights of them, which do not wait for an earlier kernel
+#if NORM && ROWS == 1  // 8 floats and the norm's weights of them, which do not wait for an earlier kernel
 constexpr int AT_ONCE = 2;
 struct Part { float4 x[2], weight[2]; };
 DEVICE void load_weight(Part& to, const Params& p, int part) {
@@ -277,6 +289,93 @@ DEVICE void store_part(const Params& p, const Layout& s, uint4 raw, int part) {
 }
 #endif
 
+#if NORM && ROWS > 1
+// Several rows of the stream: a thread takes 4 channels of every row at a time, HELD such in registers. Where there are
+// more, all but the last are read again for the second pass, from the second-level cache.
+constexpr int HELD = 2, QUADS_K = 4 * MATH_THREADS;
+struct Quads { float4 x[HELD][ROWS], weight[HELD]; };
+DEVICE void load_weights(Quads& to, const Params& p, int k) {
+#pragma unroll
+  for (int j = 0; j < HELD; j++, k += QUADS_K)
+    to.weight[j] = k < p.in_features ? __ldg((const float4*)(p.norm + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+DEVICE void load_quads(Quads& to, const Params& p, int k) {
+  const float* x = (const float*)p.x + k;
+#pragma unroll
+  for (int row = 0; row < ROWS; row++, x += p.x_stride)
+#pragma unroll
+    for (int j = 0; j < HELD; j++) {
+      bool there = row < p.rows && k + j * QUADS_K < p.in_features;
+      uint4 raw = there ? load_fresh16(x + j * QUADS_K) : make_uint4(0, 0, 0, 0);
+      to.x[j][row] = make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+    }
+}
+// Each row's sum over the lanes; lane 4r + c gets that of row r. Halves of the rows change hands, then quarters.
+DEVICE float sum_of_row(float (&v)[ROWS], int lane) {
+#pragma unroll
+  for (int o = 16, rows = ROWS / 2; rows; o >>= 1, rows >>= 1)
+#pragma unroll
+    for (int row = 0; row < rows; row++) {
+      float mine = lane & o ? v[row + rows] : v[row], other = lane & o ? v[row] : v[row + rows];
+      v[row] = mine + __shfl_xor_sync(~0u, other, o);
+    }
+  v[0] += __shfl_xor_sync(~0u, v[0], 2);
+  return v[0] + __shfl_xor_sync(~0u, v[0], 1);
+}
+// What the norm multiplies every row by: the same in all threads.
+DEVICE void scales_of_rows(float (&scales)[ROWS], const Params& p, const Layout& s, float (&square)[ROWS], int warp, int lane) {
+  float mine = sum_of_row(square, lane), sum = 0.f;
+  if ((lane & 3) == 0) store_shared4(squares(s) + (warp * ROWS + (lane >> 2)) * 4, __float_as_uint(mine));
+  named_barrier(1, MATH_THREADS);
+#pragma unroll
+  for (int i = 0; i < WARPS; i += 4)
+    sum += __uint_as_float(load_shared4(squares(s) + ((i + (lane & 3)) * ROWS + (lane >> 2)) * 4));
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  float scale = rsqrtf(fmaf(sum, p.share, p.epsilon));
+#pragma unroll
+  for (int row = 0; row < ROWS; row++) scales[row] = __shfl_sync(~0u, scale, 4 * row);
+}
+DEVICE void norm_rows(const Params& p, const Layout& s, int thread, int warp, int lane) {
+  constexpr int STEP = HELD * QUADS_K;
+  const int width = p.units * UNIT_K, last = (width - 1) / STEP * STEP + 4 * thread;
+  Quads quads;
+  float square[ROWS] = {}, scales[ROWS];
+  load_weights(quads, p, last);  // no earlier kernel writes them
+  wait_for_earlier_kernels();
+#pragma unroll 1
+  for (int k = 4 * thread; k <= last; k += STEP) {
+    load_quads(quads, p, k);
+#pragma unroll
+    for (int j = 0; j < HELD; j++)
+#pragma unroll
+      for (int row = 0; row < ROWS; row++) {
+        float4 x = quads.x[j][row];
+        square[row] = fmaf(x.x, x.x, fmaf(x.y, x.y, fmaf(x.z, x.z, fmaf(x.w, x.w, square[row]))));
+      }
+  }
+  scales_of_rows(scales, p, s, square, warp, lane);
+#pragma unroll 1
+  for (int k = last; k >= 0; k -= STEP) {
+    if (k < last) {
+      load_weights(quads, p, k);
+      load_quads(quads, p, k);
+    }
+    u32 to = s.x + k * 2;
+#pragma unroll
+    for (int row = 0; row < ROWS; row++, to += s.pitch)
+#pragma unroll
+      for (int j = 0; j < HELD; j++) {
+        float4 x = quads.x[j][row], w = quads.weight[j];
+        float low = __uint_as_float(narrow2(x.x * scales[row] * w.x, x.y * scales[row] * w.y));
+        float high = __uint_as_float(narrow2(x.z * scales[row] * w.z, x.w * scales[row] * w.w));
+        if (row < p.rows && k + j * QUADS_K < width) store_shared8(to + j * QUADS_K * 2, low, high);
+      }
+  }
+  if (p.kept_steps) asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");  // see Gather
+}
+#endif
+
 // Several rows: 8 k of each to where they are.
 DEVICE void copy_part(const Params& p, const Layout& s, int part) {
   uint4 raw[ROWS];
@@ -291,7 +390,7 @@ DEVICE void copy_part(const Params& p, const Layout& s, int part) {
 // Of more than two stages' channels bulk copies by one warp are faster (4096 x 11008, 4 rows: 9.6 us and 10.6), of fewer
 // slower (4096 x 4096: 5.2 and 4.6). Math warps await them chunk by chunk; what lies beyond the channels is zero.
 constexpr int CHUNK_K = 8 * MATH_THREADS;
-DEVICE bool copies_rows(const Params& p) { return !ONE && p.units > 2 * WARPS; }
+DEVICE bool copies_rows(const Params& p) { return !ONE && !NORM && p.units > 2 * WARPS; }
 DEVICE void copy_rows(const Params& p, const Layout& s, int lane) {
   if (lane == 0)
     for (int i = 0; i < chunks_of(p); i++) {
@@ -504,7 +603,7 @@ DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ri
 template <template <int> class X, int KEEP>
 DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int warp, int lane) {
   if constexpr (ONE) {
-#if NORM
+#if NORM && ROWS == 1
     Part parts[KEEP];
     float square = 0.f;
 #pragma unroll
@@ -525,8 +624,12 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
 #endif
     named_barrier(1, MATH_THREADS);
   } else {
+#if NORM && ROWS > 1
+    norm_rows(p, s, thread, warp, lane);
+#else
     wait_for_earlier_kernels();
     copy_part(p, s, thread);
+#endif
     named_barrier(1, MATH_THREADS);
   }
   const X<KEEP> x(p, s, lane, warp);
@@ -558,7 +661,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
   Ring ring = {0, 0};
 #else
   auto fetch = [&](Unit& to, int tile, int unit) {
-    u64 at = (u64)tile_at(p, tile) * p.units + unit;
+    u64 at = (u64)tile_at(p, tile) * units_apart(p) + unit;
     const u8 *codes = p.codes + at * UNIT_BYTES, *record = p.affine + at * RECORD;
     read_unit(to, [&](int i) { return load_stream16(codes + i); }, [&](int i) { return __ldg((const u32*)(record + i)); },
               [&](int i) { return (u32)__ldg(record + i); }, lane);
@@ -584,7 +687,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     unit = next;
   };
   if constexpr (ONE) {
-#if NORM
+#if NORM && ROWS == 1
     Part parts[AT_ONCE];
     float square = 0.f;
     auto load_weights = [&](int first) {
@@ -610,7 +713,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     for (int first = 0; first < chunks; first += AT_ONCE) {
 #pragma unroll
       for (int b = 0; b < AT_ONCE; b++)
-#if NORM
+#if NORM && ROWS == 1
         if (first + b < chunks) store_part(p, s, parts[b], (first + b) * MATH_THREADS + thread, square);
       if (first + AT_ONCE >= chunks) hand_over_squares(s, warp, lane, square);
 #else
@@ -618,7 +721,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 #endif
       named_barrier(1, MATH_THREADS);
       if (first + AT_ONCE >= chunks) break;
-#if NORM
+#if NORM && ROWS == 1
       load_weights(first + AT_ONCE);
 #endif
       load_parts(first + AT_ONCE);
@@ -637,9 +740,13 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
     } else
 #endif
     {
+#if NORM && ROWS > 1
+      norm_rows(p, s, thread, warp, lane);
+#else
       wait_for_earlier_kernels();
 #pragma unroll 2
       for (int part = thread; part < p.units * (UNIT_K / 8); part += MATH_THREADS) copy_part(p, s, part);
+#endif
       named_barrier(1, MATH_THREADS);
     }
 #if !AWQ_RING
@@ -651,6 +758,13 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 }
 
 // ------------------------------------------------------------------------------------------------------ output warp
+
+#if NORM && ROWS > 1  // what the math warps have put there
+DEVICE u16 normed(const Layout& s, int row, int channel) {
+  u32 two = load_shared4(s.x + row * s.pitch + (channel & ~1) * 2);
+  return (u16)(channel & 1 ? two >> 16 : two);
+}
+#endif
 
 // x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before the wait for x, and several
 // at a time: one after the other each would wait for memory twice.
@@ -675,7 +789,9 @@ struct Gather {
       for (int j = 0; j < TOGETHER; j++)
 #pragma unroll
         for (int row = 0; row < ROWS; row++)
-#if NORM
+#if NORM && ROWS > 1
+          v[j][row] = channels[j] >= 0 && row < p.rows ? normed(s, row, channels[j]) : (u16)0;
+#elif NORM
           v[j][row] = channels[j] >= 0 ? narrow(load_fresh_float((const float*)p.x + channels[j]) * __ldg(p.norm + channels[j]) * norm_scale) : (u16)0;
 #else
           v[j][row] = channels[j] >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + channels[j]) : (u16)0;
@@ -754,20 +870,33 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
-#if NORM
+#if NORM && ROWS > 1
+  if (p.kept_steps) {
+    named_barrier(2, MATH_THREADS + 32);
+    kept.run(p, s, lane);
+  }
+#elif NORM
   const float norm_scale = wait_for_squares(p, s);
   if (p.kept_steps) kept.run(p, s, lane, norm_scale);
 #else
   if (p.kept_steps) kept.run(p, s, lane);
 #endif
 #if OUTPUT == 2
-  float gate[2] = {0.f, 0.f};
+  float gate[ONE ? 2 : 4] = {};
 #endif
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(p, i) * TILE_ROWS + r;
     float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {};
-#if OUTPUT == 1  // under way while the sums are awaited
+#if OUTPUT == 1 && ROWS > 1  // under way while the sums are awaited
+    float before[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      int row = 2 * c + (e & 1), at = n + 8 * (e >> 1);
+      bool there = row < p.rows && at < p.out_features;
+      before[e] = there ? load_fresh_float((const float*)p.y + (u64)row * p.out_features + at) : 0.f;
+    }
+#elif OUTPUT == 1
     float before[2] = {n < p.out_features ? load_fresh_float((const float*)p.y + n) : 0.f,
                        n + 8 < p.out_features ? load_fresh_float((const float*)p.y + n + 8) : 0.f};
 #endif
@@ -797,11 +926,12 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
         sums[0] += __shfl_xor_sync(~0u, sums[0], o);
         sums[1] += __shfl_xor_sync(~0u, sums[1], o);
       }
-#if NORM
+#if NORM && ROWS == 1
       sums[0] *= norm_scale;
       sums[1] *= norm_scale;
 #endif
-#if OUTPUT == 1
+#if ROWS > 1
+#elif OUTPUT == 1
       float* y = (float*)p.y;
       if (c == 0 && n < p.out_features) y[n] = fmaf(p.factor, sums[0] + d[0], before[0]);
       if (c == 0 && n + 8 < p.out_features) y[n + 8] = fmaf(p.factor, sums[1] + d[2], before[1]);
@@ -819,7 +949,17 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         int row = 2 * c + (e & 1), at = n + 8 * (e >> 1);
+#if OUTPUT == 1 && ROWS > 1
+        if (row < p.rows && at < p.out_features)
+          ((float*)p.y)[(u64)row * p.out_features + at] = fmaf(p.factor, sums[e] + d[e], before[e]);
+#elif OUTPUT == 2 && ROWS > 1
+        at -= (i & 1) * p.half * TILE_ROWS;
+        if (row < p.rows && (i & 1))
+          p.y[((u64)row * p.half) * TILE_ROWS + at] = narrow(activated(gate[e]) * (sums[e] + d[e]));
+        gate[e] = sums[e] + d[e];
+#else
         if (row < p.rows && at < p.out_features) p.y[(u64)row * p.out_features + at] = narrow(sums[e] + d[e]);
+#endif
       }
     }
   }
@@ -846,7 +986,7 @@ struct Copier {
     barrier_expect(full, count * (UNIT_BYTES + RECORD));
     for (int done = 0; done < count;) {  // runs of units that lie together
       int run = p.units - unit < count - done ? p.units - unit : count - done;
-      u64 at = (u64)tile_at(p, tile) * p.units + unit;
+      u64 at = (u64)tile_at(p, tile) * units_apart(p) + unit;
       copy_bulk(to + done * UNIT_BYTES, p.codes + at * UNIT_BYTES, run * UNIT_BYTES, full, policy);
       copy_bulk(to + STAGE_CODES + done * RECORD, p.affine + at * RECORD, run * RECORD, full, policy);
       done += run;

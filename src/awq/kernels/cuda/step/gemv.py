@@ -1,11 +1,11 @@
-"""The GEMV with a norm before it and the residual stream or a gate behind it: src/gemv.cu, NORM and OUTPUT, one row.
+"""The GEMV with a norm before it and the residual stream or a gate behind it: src/gemv.cu, NORM and OUTPUT.
 
-What is called the stream is the residual stream in float32, [1, width].
+What is called the stream is the residual stream in float32, [rows, width], of 1 to 8 rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import Struct
 
@@ -13,29 +13,42 @@ import torch
 from torch import Tensor
 
 from awq.kernels.cuda import gemv
-from awq.kernels.cuda.gemv import SOURCE
-from awq.kernels.cuda.layout import GROUPS, TILE_ROWS, Shape, Units, gpu
+from awq.kernels.cuda.gemv import MAX_ROWS, SOURCE
+from awq.kernels.cuda.layout import GROUPS, TILE_ROWS, UNIT_K, Shape, Units, gpu
 from awq.kernels.cuda.step.launch import Launch
 
 # What becomes of the gate, and its ACTIVATION.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
-# struct Params of gemv.cu with what NORM and OUTPUT add: norm; share, epsilon, factor; half.
-_PARAMS = Struct("<7Qq11i4xQ3fi")
-_SQUARES = 64  # bytes of shared memory: the warps' sums of squares
+# struct Params of gemv.cu with what NORM and OUTPUT add: norm; share, epsilon, factor; half, apart.
+_PARAMS = Struct("<7Qq11i4xQ3f2i4x")
 
 
 def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launch:
     """out = RMSNorm(stream) W^T + bias.
 
-    norm: float32 [in_features], what the normed stream is multiplied by; out: [1, out_features] float16 or bfloat16
+    norm: float32 [in_features], what the normed stream is multiplied by
+    out: [rows, out_features] float16 or bfloat16, contiguous
     """
     return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon)
 
 
-def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float) -> Launch:
-    """stream += factor * (x W^T + bias). x: [1, in_features] float16 or bfloat16"""
-    return _launch(x, units, bias, stream, factor=factor)
+def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float) -> Callable[[int], None]:
+    """stream += factor * (x W^T + bias). x: [rows, in_features] float16 or bfloat16
+
+    Where the rows have no room in shared memory, a part of their channels after the other.
+    """
+    whole = _shape(units, x.dtype is torch.bfloat16)
+    step = units_at_once(units, x.get_device(), len(x)) or whole.units
+    parts = [
+        _launch(x, units, bias, stream, factor=factor, first=first, count=step) for first in range(0, whole.units, step)
+    ]
+
+    def in_turn(stream: int) -> None:
+        for part in parts:
+            part(stream)
+
+    return parts[0] if len(parts) == 1 else in_turn
 
 
 def gated(
@@ -43,16 +56,23 @@ def gated(
 ) -> Launch:
     """out = act(gate) * up, with gate and up the halves of RMSNorm(stream) W^T + bias, in this order.
 
-    out: [1, out_features / 2], where 16 divides out_features / 2; activation: one of ACTIVATIONS
+    out: [rows, out_features / 2], contiguous, where 16 divides out_features / 2; activation: one of ACTIVATIONS
     """
     if units.out_features % (2 * TILE_ROWS):
         raise ValueError(f"{units.out_features} rows are no two halves of whole tiles of {TILE_ROWS}")
     return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon, activation=activation)
 
 
-def fits(units: Units, device: int) -> bool:
-    """Whether a row has room in the shared memory of a block."""
-    return _plan(_shape(units, bf16=False), device) is not None
+def fits(units: Units, device: int, rows: int = 1) -> bool:
+    """Whether so many rows have room in the shared memory of a block."""
+    return _plan(_shape(units, bf16=False), device, rows) is not None
+
+
+def units_at_once(units: Units, device: int, rows: int) -> int:
+    """How many units of a tile one launch of `accumulate` takes, for the fewest launches; 0: no number fits."""
+    whole = _shape(units, bf16=False)
+    steps = (-(-whole.units // parts) for parts in range(1, 1 + (whole.units if rows > 1 else 1)))
+    return next((step for step in steps if _plan(_part(whole, 0, step), device, rows) is not None), 0)
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
@@ -60,14 +80,17 @@ def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     ring = gemv.has_ring(arch)
     for group in GROUPS:
         for bf16 in (False, True):
-            for warps in (8, 16) if ring else (8,):
-                for mode in ((1, 0, 0), (0, 1, 0), *((1, 2, kind) for kind in ACTIVATIONS.values())):
-                    yield SOURCE, "gemv", arch, _defines(group, bf16, warps, arch, *mode)
+            for rows in (1, MAX_ROWS):
+                for warps in (8, 16) if ring else (8,):
+                    for mode in ((1, 0, 0), (0, 1, 0), *((1, 2, kind) for kind in ACTIVATIONS.values())):
+                        yield SOURCE, "gemv", arch, _defines(group, bf16, rows, warps, arch, *mode)
 
 
-def _defines(group: int, bf16: bool, warps: int, arch: str, norm: int, output: int, activation: int) -> dict[str, int]:
+def _defines(
+    group: int, bf16: bool, rows: int, warps: int, arch: str, norm: int, output: int, activation: int
+) -> dict[str, int]:
     fused = {"NORM": norm, "OUTPUT": output, "ACTIVATION": activation}
-    return gemv._defines(group, bf16, 1, warps, arch) | fused
+    return gemv._defines(group, bf16, rows, warps, arch) | fused
 
 
 def _launch(
@@ -80,12 +103,16 @@ def _launch(
     epsilon: float = 0.0,
     factor: float | None = None,
     activation: str | None = None,
+    first: int = 0,
+    count: int | None = None,
 ) -> Launch:
+    """first, count: the units of each tile that it takes, None for all from the first on."""
     bf16 = torch.bfloat16 in (x.dtype, out.dtype)
-    device, shape = x.get_device(), _shape(units, bf16)
-    plan = _plan(shape, device)
+    device, rows, whole = x.get_device(), len(x), _shape(units, bf16)
+    shape = _part(whole, first, count or whole.units)
+    plan = _plan(shape, device, rows)
     if plan is None:
-        raise ValueError(f"a row of {shape.in_features} channels does not fit into shared memory")
+        raise ValueError(f"{rows} rows of {shape.in_features} channels do not fit into shared memory")
     arch, sms, _ = gpu(device)
     pairs = activation is not None
     tiles = shape.tiles // 2 if pairs else shape.tiles
@@ -95,7 +122,7 @@ def _launch(
     launch = Launch(
         SOURCE,
         "gemv",
-        _defines(units.group, bf16, plan.warps, arch, *mode),
+        _defines(units.group, bf16, rows, plan.warps, arch, *mode),
         grid,
         32 * (plan.warps + (2 if ring else 1)),
         plan.shared,
@@ -103,11 +130,22 @@ def _launch(
         device,
     )
     ahead = gemv._kept_ahead(shape, sms) if ring else 0
-    sizes = (1, units.out_features, units.in_features, *divmod(tiles, grid), shape.units, shape.kept_steps)
-    weights = (units.codes, units.affine, units.kept, units.index)
+    sizes = (rows, units.out_features, shape.in_features, *divmod(tiles, grid), shape.units, shape.kept_steps)
+    kept = (None, None, x[:, first * UNIT_K :], None) if first else (units.kept, units.index, x, bias)
     numbers = (*sizes, plan.stages, plan.in_flight, plan.slots, ahead)
     return launch.bind(
-        *weights, x, bias, out, x.stride(0), *numbers, norm, 1 / units.in_features, epsilon, factor, tiles
+        units.codes[:, first:],
+        units.affine[:, first:],
+        *kept,
+        out,
+        x.stride(0),
+        *numbers,
+        norm,
+        1 / units.in_features,
+        epsilon,
+        factor,
+        tiles,
+        whole.units,
     )
 
 
@@ -116,7 +154,14 @@ def _shape(units: Units, bf16: bool) -> Shape:
     return Shape(units.in_features, units.out_features, units.group, steps, bf16)
 
 
-def _plan(shape: Shape, device: int) -> gemv.Plan | None:
+def _part(whole: Shape, first: int, count: int) -> Shape:
+    """`count` units of each tile; the kept channels go with the first."""
+    width = min(whole.in_features - first * UNIT_K, count * UNIT_K)
+    return whole._replace(in_features=width, kept_steps=0 if first else whole.kept_steps)
+
+
+def _plan(shape: Shape, device: int, rows: int) -> gemv.Plan | None:
     arch, sms, available = gpu(device)
-    plan = gemv.plan(shape, 1, sms, available - _SQUARES, gemv.has_ring(arch))
-    return plan and plan._replace(shared=plan.shared + _SQUARES)
+    squares = 4 * 16 * (1 if rows == 1 else MAX_ROWS)  # bytes: what each warp adds up of the rows' squares
+    plan = gemv.plan(shape, rows, sms, available - squares, gemv.has_ring(arch))
+    return plan and plan._replace(shared=plan.shared + squares)
