@@ -17,11 +17,13 @@ from awq.kernels.cuda.step.launch import Launch
 SOURCE = SOURCES / "step_attention.cu"
 HEAD_DIMS = range(8, 257, 8)
 _WARPS, _HEADS = 8, 8  # of the kernel: warps of a block, query heads that it takes at most
-_MOST_SPLITS = 8  # blocks of a cluster on every GPU that has clusters
+_CHUNK = 16  # tokens that a warp takes at a time
+_MOST_SPLITS = 16  # beyond that putting them together takes longer than they save
+_STATIC = 12 << 10  # bytes of shared memory that the kernel has beside its rings, at most
 
-# struct Params: 10 addresses; qkv_stride; query_at, key_at, value_at, batch, key_heads, group, parts,
+# struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
-_PARAMS = Struct("<10Qq11i3f")
+_PARAMS = Struct("<11Qq11i3f")
 
 
 @dataclass(frozen=True)
@@ -66,29 +68,31 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
         goes to `slot`, its position is that of the RoPE table, and it sees the slots from `first` on
     window: how many slots are seen, the new one included; None for all
     """
-    group = heads.heads // heads.key_heads
-    batch, parts, device = qkv.shape[0], -(-group // _HEADS), qkv.get_device()
-    blocks = batch * heads.key_heads * parts
-    splits = splits_of(blocks, gpu(device).multiprocessors)
-    shared = _WARPS * -(-group // parts) * _padded(heads.head_dim) * 4
+    group, batch, device = heads.heads // heads.key_heads, qkv.shape[0], qkv.get_device()
+    parts = -(-group // _HEADS)
+    each, blocks = -(-group // parts), batch * heads.key_heads * parts
+    _, multiprocessors, available = gpu(device)
+    splits, units = splits_of(blocks, multiprocessors), _units(heads.head_dim, available)
     launch = Launch(
         SOURCE,
         "attention",
-        _defines(heads.head_dim, splits, qkv.dtype is torch.bfloat16),
+        _defines(heads.head_dim, splits, units, qkv.dtype is torch.bfloat16),
         blocks * splits,
         32 * _WARPS,
-        shared,
+        _WARPS * units * _unit_bytes(heads.head_dim),
         _PARAMS,
         device,
     )
-    sizes = (heads.query_at, heads.key_at, heads.value_at, batch, heads.key_heads, group, parts)
+    numbers = blocks * splits * each * (_padded(heads.head_dim) + 4)
+    shares = torch.full((numbers,), -1, dtype=torch.int32, device=qkv.device)  # -1: not there yet
+    sizes = (heads.query_at, heads.key_at, heads.value_at, heads.key_heads, group, parts, each)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
     weights = [norm.weight if norm else None for norm in norms]
     epsilons = [norm.epsilon if norm else 0.0 for norm in norms]
 
     def bind(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None) -> Launch:
-        places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position)
+        places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position, shares)
         last = (keys.shape[2], window or 0, rotary, int(heads.interleaved))
         return launch.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
 
@@ -96,23 +100,29 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
 
 
 def splits_of(blocks: int, multiprocessors: int) -> int:
-    """Blocks that share a key head's tokens: a power of two, as many as run at once."""
-    splits = 1
-    while splits < _MOST_SPLITS and 2 * splits * blocks <= multiprocessors:
-        splits *= 2
-    return splits
+    """Blocks that share a key head's tokens where those are many: as many as run at once."""
+    return max(1, min(_MOST_SPLITS, multiprocessors // blocks))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits in (1, 4, _MOST_SPLITS):
+        for splits, units in ((1, 4), (4, 4), (_MOST_SPLITS, 2), (_MOST_SPLITS, 1)):
             for bf16 in (False, True):
-                yield SOURCE, "attention", arch, _defines(head_dim, splits, bf16)
+                yield SOURCE, "attention", arch, _defines(head_dim, splits, units, bf16)
 
 
-def _defines(head_dim: int, splits: int, bf16: bool) -> dict[str, int]:
-    return {"HEAD_DIM": head_dim, "SPLITS": splits, "AWQ_BF16": int(bf16)}
+def _defines(head_dim: int, splits: int, units: int, bf16: bool) -> dict[str, int]:
+    return {"HEAD_DIM": head_dim, "SPLITS": splits, "UNITS": units, "AWQ_BF16": int(bf16)}
+
+
+def _units(head_dim: int, available: int) -> int:
+    """Units of a warp's ring, of 16 keys or 16 values each: two chunks of tokens where they fit, one block an SM."""
+    return next(n for n in (4, 2, 1) if n == 1 or n * _WARPS * _unit_bytes(head_dim) <= available - _STATIC)
+
+
+def _unit_bytes(head_dim: int) -> int:
+    return _CHUNK * (_padded(head_dim) + 8) * 2
 
 
 def _padded(head_dim: int) -> int:
