@@ -9,7 +9,8 @@
 // first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to ALONE chunks are
 // the first block's; of more SPLITS blocks take a share each, and the last block puts the shares together: it waits for
 // every number to be there, which costs a trip to the second-level cache and back. The blocks of a cluster, which could do
-// with less, start only where a whole cluster finds room: 32 clusters of 4 took two rounds on 132 multiprocessors.
+// with less, start only where a whole cluster finds room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128
+// tokens, and 8 clusters of 8 5.1.
 //
 // A warp copies its chunks to a ring of its own, the first before the wait for the projection: the kernel that begins a
 // step lets none start before all of the last step is over. It keeps running maximum, sum and result of its chunks. Where
@@ -247,6 +248,7 @@ DEVICE void add_values(Running& run, const float (&s)[4], u32 values, int lane) 
 // What a lane needs that does not come from the projection: channels lane, lane + 32, ... of a head.
 struct Turn {
   float cosine[LANE_CHANNELS], sine[LANE_CHANNELS], query_weight[LANE_CHANNELS], key_weight[LANE_CHANNELS];
+  int partner[LANE_CHANNELS];  // the channel that turns with this one; itself where none does
 
   DEVICE Turn(const Params& p, long long position, int lane) {
     const int half = p.rotary / 2;
@@ -255,6 +257,7 @@ struct Turn {
     for (int n = 0; n < LANE_CHANNELS; n++) {
       int at = lane + 32 * n, pair = p.interleaved ? at / 2 : at < half ? at : at - half;
       float2 angle = at < p.rotary ? __ldg(angles + pair) : make_float2(1.f, 0.f);  // no RoPE: rotary is 0
+      partner[n] = at >= p.rotary ? at : p.interleaved ? at ^ 1 : at < half ? at + half : at - half;
       cosine[n] = angle.x;
       sine[n] = (p.interleaved ? at & 1 : at >= half) ? angle.y : -angle.y;
       query_weight[n] = p.query_norm && at < HEAD_DIM ? __ldg(p.query_norm + at) : 1.f;
@@ -263,51 +266,56 @@ struct Turn {
   }
 };
 
-// A head of the projection by one warp: norm and RoPE, but of a value neither.
-DEVICE void turn_head(const Params& p, const Turn& turn, float (&v)[LANE_CHANNELS], bool query, float* turning, int lane) {
-  if (query ? p.query_norm : p.key_norm) {
+// A head of the projection, for one warp: the queries first, then the new key and value where they are this block's.
+struct Item {
+  const u16* from;
+  u16 *row, *cache;   // where it goes: in shared memory, and by the first part to the cache, else null
+  const float* norm;  // null without
+  float epsilon;
+  bool query, value;
+
+  DEVICE Item(const Params& p, const Place& a, Shared& shared, int slot, int item) {
+    query = item < a.heads;
+    value = item > a.heads;
+    from = p.qkv + a.row * p.qkv_stride;
+    from += query ? p.query_at + (a.head + item) * HEAD_DIM : (value ? p.value_at : p.key_at) + a.key_head * HEAD_DIM;
+    row = shared.rows[query ? item : value ? NEW_VALUE : NEW_KEY];
+    cache = (value ? p.values : p.keys) + ((u64)(a.row * p.key_heads + a.key_head) * p.capacity + slot) * HEAD_DIM;
+    if (query || a.part) cache = nullptr;
+    norm = value ? nullptr : query ? p.query_norm : p.key_norm;
+    epsilon = query ? p.query_epsilon : p.key_epsilon;
+    asm volatile("" : "+l"(from), "+l"(row), "+l"(cache), "+l"(norm), "+f"(epsilon));  // now, and not when x is there
+  }
+};
+
+// Norm and RoPE, but of a value neither.
+DEVICE void take(const Item& item, const Turn& turn, float* turning, int lane) {
+  float v[LANE_CHANNELS];
+#pragma unroll
+  for (int n = 0; n < LANE_CHANNELS; n++) v[n] = lane + 32 * n < HEAD_DIM ? widen(load_fresh2(item.from + lane + 32 * n)) : 0.f;
+  if (item.norm) {
     float square = 0.f;
 #pragma unroll
     for (int n = 0; n < LANE_CHANNELS; n++) square = fmaf(v[n], v[n], square);
 #pragma unroll
     for (int o = 16; o; o >>= 1) square += __shfl_xor_sync(~0u, square, o);
-    float by = rsqrtf(fmaf(square, 1.f / HEAD_DIM, query ? p.query_epsilon : p.key_epsilon));
+    float by = rsqrtf(fmaf(square, 1.f / HEAD_DIM, item.epsilon));
 #pragma unroll
-    for (int n = 0; n < LANE_CHANNELS; n++) v[n] *= by * (query ? turn.query_weight[n] : turn.key_weight[n]);
+    for (int n = 0; n < LANE_CHANNELS; n++) v[n] *= by * (item.query ? turn.query_weight[n] : turn.key_weight[n]);
   }
+  if (!item.value) {
 #pragma unroll
-  for (int n = 0; n < LANE_CHANNELS; n++) turning[lane + 32 * n] = v[n];
-  __syncwarp();
+    for (int n = 0; n < LANE_CHANNELS; n++) turning[lane + 32 * n] = v[n];
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < LANE_CHANNELS; n++) v[n] = fmaf(v[n], turn.cosine[n], turning[turn.partner[n]] * turn.sine[n]);
+    __syncwarp();
+  }
 #pragma unroll
   for (int n = 0; n < LANE_CHANNELS; n++) {
-    int at = lane + 32 * n, half = p.rotary / 2, partner = p.interleaved ? at ^ 1 : at < half ? at + half : at - half;
-    float other = at < p.rotary ? turning[partner] : 0.f;
-    v[n] = fmaf(v[n], turn.cosine[n], other * turn.sine[n]);
-  }
-  __syncwarp();
-}
-
-// Query heads to shared memory, a warp each; where the new token is this block's, its key and value too, and by the first
-// part to the cache.
-DEVICE void take_token(const Params& p, const Place& a, const Turn& turn, Shared& shared, int slot, bool has_new, int warp, int lane) {
-  const u16* row = p.qkv + a.row * p.qkv_stride;
-  const u64 to = ((u64)(a.row * p.key_heads + a.key_head) * p.capacity + slot) * HEAD_DIM;
-#pragma unroll 1
-  for (int item = warp; item < a.heads + (has_new ? 2 : 0); item += WARPS) {
-    const bool query = item < a.heads, value = item > a.heads;
-    const u16* from = row + (query ? p.query_at + (a.head + item) * HEAD_DIM : (value ? p.value_at : p.key_at) + a.key_head * HEAD_DIM);
-    u16* row_to = shared.rows[query ? item : value ? NEW_VALUE : NEW_KEY];
-    u16* cache = query || a.part ? nullptr : (value ? p.values : p.keys) + to;
-    float v[LANE_CHANNELS];
-#pragma unroll
-    for (int n = 0; n < LANE_CHANNELS; n++) v[n] = lane + 32 * n < HEAD_DIM ? widen(load_fresh2(from + lane + 32 * n)) : 0.f;
-    if (!value) turn_head(p, turn, v, query, shared.turning[warp], lane);
-#pragma unroll
-    for (int n = 0; n < LANE_CHANNELS; n++) {
-      int at = lane + 32 * n;
-      row_to[at] = narrow(v[n]);
-      if (cache && at < HEAD_DIM) cache[at] = narrow(v[n]);
-    }
+    int at = lane + 32 * n;
+    item.row[at] = narrow(v[n]);
+    if (item.cache && at < HEAD_DIM) item.cache[at] = narrow(v[n]);
   }
 }
 
@@ -421,11 +429,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
   const Turn turn(p, position, lane);
 #pragma unroll 1
   for (int i = thread; i < HEADS * PITCH / 8; i += THREADS) store_shared16(shared_address(shared.rows) + 16 * i, make_uint4(0, 0, 0, 0));
+  const int items = a.heads + (t.has_new(a) ? 2 : 0);
+  Item item(p, a, shared, t.slot, warp);
   __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_start();  // now that all before the projection is over: see the head
 
-  take_token(p, a, turn, shared, t.slot, t.has_new(a), warp, lane);
+#pragma unroll 1
+  for (int i = warp; i < items; item = Item(p, a, shared, t.slot, i)) {
+    take(item, turn, shared.turning[warp], lane);
+    i += WARPS;
+  }
   __syncthreads();
   const u32 queries = shared_address(shared.rows);
   Running run = {{LOWEST, LOWEST}, {}, {}};
