@@ -26,14 +26,17 @@
 #ifndef SPLITS
 #define SPLITS 4
 #endif
-#ifndef UNITS  // of a ring: 16 keys or 16 values each
-#define UNITS 4
+#ifndef WARPS
+#define WARPS 16
+#endif
+#ifndef UNITS  // of a warp's ring: 16 keys or 16 values each
+#define UNITS 2
 #endif
 #ifndef ALONE
 #define ALONE 16
 #endif
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
+constexpr int THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
 constexpr int WIDE = (HEAD_DIM + 31) / 32 * 32;  // channels with padding
 constexpr int PITCH = WIDE + 8;                  // halves from row to row in shared memory: 16 bytes apart in the banks
 constexpr int UNIT = CHUNK * PITCH * 2, RING = UNITS * UNIT;

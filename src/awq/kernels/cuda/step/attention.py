@@ -16,10 +16,12 @@ from awq.kernels.cuda.step.launch import Launch
 
 SOURCE = SOURCES / "step_attention.cu"
 HEAD_DIMS = range(8, 257, 8)
-_WARPS, _HEADS = 8, 8  # of the kernel: warps of a block, query heads that it takes at most
-_CHUNK = 16  # tokens that a warp takes at a time
-_MOST_SPLITS = 16  # beyond that putting them together takes longer than they save
-_STATIC = 12 << 10  # bytes of shared memory that the kernel has beside its rings, at most
+_HEADS, _CHUNK = 8, 16  # of the kernel: query heads of a block at most, tokens that a warp takes at a time
+_MOST_SPLITS = 16  # one block reads the shares of all
+_STATIC = 24 << 10  # bytes of shared memory that the kernel has beside its rings, at most
+# Warps of a block, and units of the ring of each: 16 keys or 16 values. The first that fits: blocks that take more than
+# half of an SM's shared memory spread over all SMs, also where they start as others end.
+_RINGS = ((16, 4), (16, 2), (8, 2), (8, 1))
 
 # struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
@@ -72,14 +74,14 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
     parts = -(-group // _HEADS)
     each, blocks = -(-group // parts), batch * heads.key_heads * parts
     _, multiprocessors, available = gpu(device)
-    splits, units = splits_of(blocks, multiprocessors), _units(heads.head_dim, available)
+    splits, (warps, units) = splits_of(blocks, multiprocessors), _ring(heads.head_dim, available)
     launch = Launch(
         SOURCE,
         "attention",
-        _defines(heads.head_dim, splits, units, qkv.dtype is torch.bfloat16),
+        _defines(heads.head_dim, splits, warps, units, qkv.dtype is torch.bfloat16),
         blocks * splits,
-        32 * _WARPS,
-        _WARPS * units * _unit_bytes(heads.head_dim),
+        32 * warps,
+        warps * units * _unit_bytes(heads.head_dim),
         _PARAMS,
         device,
     )
@@ -107,18 +109,19 @@ def splits_of(blocks: int, multiprocessors: int) -> int:
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits, units in ((1, 4), (4, 4), (_MOST_SPLITS, 2), (_MOST_SPLITS, 1)):
+        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS), _RINGS, strict=True):
             for bf16 in (False, True):
-                yield SOURCE, "attention", arch, _defines(head_dim, splits, units, bf16)
+                yield SOURCE, "attention", arch, _defines(head_dim, splits, *ring, bf16)
 
 
-def _defines(head_dim: int, splits: int, units: int, bf16: bool) -> dict[str, int]:
-    return {"HEAD_DIM": head_dim, "SPLITS": splits, "UNITS": units, "AWQ_BF16": int(bf16)}
+def _defines(head_dim: int, splits: int, warps: int, units: int, bf16: bool) -> dict[str, int]:
+    return {"HEAD_DIM": head_dim, "SPLITS": splits, "WARPS": warps, "UNITS": units, "AWQ_BF16": int(bf16)}
 
 
-def _units(head_dim: int, available: int) -> int:
-    """Units of a warp's ring, of 16 keys or 16 values each: two chunks of tokens where they fit, one block an SM."""
-    return next(n for n in (4, 2, 1) if n == 1 or n * _WARPS * _unit_bytes(head_dim) <= available - _STATIC)
+def _ring(head_dim: int, available: int) -> tuple[int, int]:
+    """(warps, units) of _RINGS for a block that may have so many bytes of shared memory."""
+    room = (available - _STATIC) // _unit_bytes(head_dim)
+    return next(((warps, units) for warps, units in _RINGS if warps * units <= room), _RINGS[-1])
 
 
 def _unit_bytes(head_dim: int) -> int:

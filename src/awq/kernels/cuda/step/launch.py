@@ -21,6 +21,7 @@ class Launch:
 
     A kernel may read what the step before the last `embed` wrote without waiting for the kernel ahead of it: nothing
     may be put between the launches of a step that writes the cache, or the numbers that count tokens.
+    mapped: the tensor that a tensor map among the parameters is of; it is kept too
     """
 
     __slots__ = ("_keep", "_launcher", "_mapped", "_struct")
@@ -37,7 +38,6 @@ class Launch:
         device: int,
         mapped: Tensor | None = None,
     ) -> None:
-        """mapped: what a tensor map among the parameters is of, kept too"""
         kernel = jit.kernel(source, name, gpu(device).arch, defines)
         self._launcher: Any = kernel.launcher(grid, block, shared, struct.size, pdl=jit.programmatic())
         self._struct, self._mapped = struct, mapped
