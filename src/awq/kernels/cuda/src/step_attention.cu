@@ -71,7 +71,7 @@ struct Params {
 struct Shared {
   u16 rows[HEADS + 2][PITCH];   // queries, the new key and value
   float turning[WARPS][WIDE];   // a head while its channels find their partners
-  float most[WARPS][HEADS], sum[WARPS][HEADS];
+  alignas(16) float most[HEADS][WARPS], sum[HEADS][WARPS];
 };
 // then WARPS rings, at last the warps' results: [heads][RESULT_PITCH] floats each
 
@@ -187,9 +187,10 @@ DEVICE void put_new(u32 unit, const u16* row, const Tokens& t, int lane) {
   __syncwarp();
 }
 
-// What a warp has so far: of the heads 2c and 2c + 1 the maximum and the sum (of its own tokens r, r + 8), and y^T.
+// What a warp has so far: of the heads 2c and 2c + 1 the maximum, y^T, and the sum of exponentials, as if by a channel of
+// which all values are 1 (all of whose rows are alike).
 struct Running {
-  float most[2], sum[2], y[WIDE / 16][4];
+  float most[2], sum[4], y[WIDE / 16][4];
 };
 
 DEVICE void score(float (&s)[4], u32 keys, u32 queries, int lane) {
@@ -225,8 +226,8 @@ DEVICE void weigh(Running& run, float (&s)[4], int from, const Tokens& t, float 
     float fade = exp2_fast(run.most[e] - most);
     s[e] = seen[0] ? exp2_fast(a - most) : 0.f;
     s[2 + e] = seen[1] ? exp2_fast(b - most) : 0.f;
-    run.sum[e] = fmaf(run.sum[e], fade, s[e] + s[2 + e]);
     run.most[e] = most;
+    run.sum[e] *= fade;
 #pragma unroll
     for (int i = 0; i < WIDE / 16; i++) {
       run.y[i][e] *= fade;
@@ -237,6 +238,8 @@ DEVICE void weigh(Running& run, float (&s)[4], int from, const Tokens& t, float 
 
 DEVICE void add_values(Running& run, const float (&s)[4], u32 values, int lane) {
   u32 b0 = transposed(narrow2(s[0], s[1])), b1 = transposed(narrow2(s[2], s[3]));
+  const u32 ones = narrow2(1.f, 1.f);
+  mma_acc(run.sum, ones, ones, ones, ones, b0, b1);
   u32 at = values + ((lane & 7) + (lane >> 4) * 8) * (PITCH * 2) + (lane >> 3 & 1) * 16;
 #pragma unroll
   for (int i = 0; i < WIDE / 16; i++) {
@@ -324,14 +327,12 @@ DEVICE void take(const Item& item, const Turn& turn, float* turning, int lane) {
 
 // ----------------------------------------------------------------------------------------------------- putting together
 
-DEVICE void hand_over(Running& run, Shared& shared, float* result, int heads, int warp, int lane) {
+DEVICE void hand_over(const Running& run, Shared& shared, float* result, int heads, int warp, int lane) {
   const int r = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-#pragma unroll
-    for (int o = 4; o < 32; o <<= 1) run.sum[e] += __shfl_xor_sync(~0u, run.sum[e], o);
     int head = 2 * c + e;
-    if (r == 0) { shared.most[warp][head] = run.most[e]; shared.sum[warp][head] = run.sum[e]; }
+    if (r == 0) { shared.most[head][warp] = run.most[e]; shared.sum[head][warp] = run.sum[e]; }
     if (head >= heads) continue;
     float* to = result + head * RESULT_PITCH + r;
 #pragma unroll
@@ -362,7 +363,7 @@ DEVICE Share of_warps(const Shared& shared, const u8* results, int head, int at)
   Share parts[WARPS];
 #pragma unroll
   for (int w = 0; w < WARPS; w++)
-    parts[w] = {shared.most[w][head], shared.sum[w][head], *(const float*)(results + w * RING + (head * RESULT_PITCH + at) * 4)};
+    parts[w] = {shared.most[head][w], shared.sum[head][w], *(const float*)(results + w * RING + (head * RESULT_PITCH + at) * 4)};
   return together(parts);
 }
 
