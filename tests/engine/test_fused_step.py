@@ -303,4 +303,4 @@ def test_linears_that_keep_other_channels_do_not_go_together() -> None:
 
 
 def test_blocks_that_share_the_tokens_of_a_head() -> None:
-    assert [splits_of(blocks, 132) for blocks in (32, 8, 4, 1, 64, 66, 67, 200)] == [4, 8, 8, 8, 2, 2, 1, 1]
+    assert [splits_of(blocks, 132) for blocks in (32, 8, 4, 1, 64, 66, 67, 200)] == [4, 16, 16, 16, 2, 2, 1, 1]

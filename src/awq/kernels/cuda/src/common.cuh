@@ -32,6 +32,8 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
+struct alignas(64) TensorMap { u64 words[16]; };
+
 constexpr int TILE_ROWS = 16, UNIT_K = 256, UNIT_BYTES = 2048;
 
 // ---------------------------------------------------------------------------------------------------- conversions
@@ -220,5 +222,10 @@ DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar, u64 policy) 
 DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                ::"r"(to), "l"(from), "r"(bytes), "r"(bar) : "memory");
+}
+// A box at (column, row) of a tensor into shared memory; `bar` counts its bytes.
+DEVICE void copy_box(u32 to, const TensorMap& map, int column, int row, u32 bar) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];"
+               ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
 }
 #endif

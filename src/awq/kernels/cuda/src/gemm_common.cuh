@@ -16,8 +16,6 @@ constexpr int GROUPS = UNIT_K / GROUP;           // groups in a unit of 256 k
 constexpr int AFFINE_BYTES = 40 * GROUPS;        // scales and zero points of a unit
 constexpr int KEPT_STEP_BYTES = 512;             // one k16 step of a tile's kept channels
 
-struct alignas(64) TensorMap { u64 words[16]; };
-
 // The kernels' only argument; gemm.py writes it at these offsets.
 struct Params {
   TensorMap x;             // 0    [rows, in_features], rows x_stride apart
@@ -172,12 +170,7 @@ DEVICE u32 zero_offset(int lane) { return 32 * GROUPS + (lane >> 2) * GROUPS; }
 // ---------------------------------------------------------------------------------------- tensor copies (sm_90 and up)
 
 #if __CUDA_ARCH__ >= 900
-// A box at (column, row) of a tensor into shared memory; `bar` counts its bytes.
-DEVICE void copy_box(u32 to, const TensorMap& map, int column, int row, u32 bar) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3}], [%4];"
-               ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(bar) : "memory");
-}
-// The same into every block of the cluster whose bit is set, at the same place.
+// The box (copy_box) into every block of the cluster whose bit is set, at the same place.
 DEVICE void copy_box_to_all(u32 to, const TensorMap& map, int column, int row, u32 bar, u16 blocks) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
                "[%0], [%1, {%2,%3}], [%4], %5;"

@@ -1,40 +1,50 @@
 // Attention of one new token a sequence over its cache: norms of query and key, RoPE, the new key and value put into the
-// cache, softmax and the sum of values. Bound by reading keys and values.
+// cache, softmax and the sum of values. Bound by reading keys and values, and by latency where those are few.
 //
 //   qkv     [batch][qkv_stride]                             what the projection wrote: heads of query, key and value
 //   cache   [batch][key_heads][capacity][HEAD_DIM], twice   keys as they are after norm and RoPE
 //   y       [batch][heads][HEAD_DIM]
 //
-// A cluster of SPLITS blocks takes one key head and up to 8 of its query heads (where more share it, others take them). The
-// tokens from the first visible one up to the new one come in chunks of 16; chunk j goes to block j % SPLITS and there to
-// warp j / SPLITS % WARPS. A warp keeps running maximum, sum and result of its chunks; then the warps' are put together,
-// then the blocks' through the cluster's shared memory. The new token, not yet in the cache, is one more part.
+// A block takes one key head and up to 8 of its query heads (where more share it, others take them). The tokens from the
+// first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to ALONE chunks are
+// the first block's; of more SPLITS blocks take a share each, and the last block puts the shares together: it waits for
+// every number to be there, which costs a trip to the second-level cache and back. The blocks of a cluster, which could do
+// with less, start only where a whole cluster finds room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128
+// tokens, and 8 clusters of 8 5.1.
 //
-// All the products are mma of 16 tokens (or 16 channels) by 8 heads, with keys and values straight from memory:
+// A warp copies its chunks to a ring of its own, the first before the wait for the projection: the kernel that begins a
+// step lets none start before all of the last step is over. It keeps running maximum, sum and result of its chunks. Where
+// the new token belongs, which is not in the cache yet, the ring gets its key and value from the projection.
 //
-//   scores [16 tokens, 8 heads] = K [16 tokens, d] Q^T:  lane 4r + c loads 16 bytes, channels 32j + 8c.., of the tokens r
-//       and r + 8. They are its operands of two k16 steps: which channels those are does not matter, if Q's are the same.
-//   y^T [16 channels, 8 heads] += V^T [16 channels, 16 tokens] P^T:  lane 4r + c loads channels PER_LANE r.. of both
-//       halves of the tokens 2c, 2c + 1, 2c + 8, 2c + 9; channel i of all of these makes the fragment of rows r and r + 8.
-//       P^T is the transpose of the scores, 8 x 8 at a time.
-//
-// What earlier steps wrote is loaded before the wait for the projection: the kernel that begins a step lets none start
-// before all of the last step is over.
+// All the products are mma of 16 tokens (or 16 channels) by 8 heads: scores [16 tokens, 8 heads] = K Q^T, and
+// y^T [16 channels, 8 heads] += V^T P^T, where P^T is the transpose of the scores, 8 x 8 at a time.
 #include "common.cuh"
 
 #ifndef HEAD_DIM  // a multiple of 8
 #define HEAD_DIM 128
 #endif
-#ifndef SPLITS  // 1 to 8; 1 before sm_90, which has no clusters
+#ifndef SPLITS
 #define SPLITS 4
 #endif
+#ifndef WARPS
+#define WARPS 16
+#endif
+#ifndef UNITS  // of a warp's ring: 16 keys or 16 values each
+#define UNITS 2
+#endif
+#ifndef ALONE
+#define ALONE 16
+#endif
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
+constexpr int THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
 constexpr int WIDE = (HEAD_DIM + 31) / 32 * 32;  // channels with padding
-constexpr int PER_LANE = WIDE / 16;              // channels of one half that a lane loads of a value
-constexpr int Q_PITCH = WIDE + 8;                // halves from head to head: 16 bytes apart in the banks
-constexpr bool DOUBLE = WIDE <= 128;             // the registers hold a second chunk, on its way
+constexpr int PITCH = WIDE + 8;                  // halves from row to row in shared memory: 16 bytes apart in the banks
+constexpr int UNIT = CHUNK * PITCH * 2, RING = UNITS * UNIT;
+constexpr int LANE_CHANNELS = WIDE / 32;         // of a head
+constexpr int NEW_KEY = HEADS, NEW_VALUE = HEADS + 1;  // rows beside the queries
+constexpr int RESULT_PITCH = WIDE + 4;           // floats; most and sum of a head's share lie behind its channels
 constexpr float LOWEST = -1e30f;
+constexpr u32 ABSENT = 0xffffffffu;              // no arithmetic has this result: its NaN is 0x7fffffff
 
 struct Params {
   const u16* qkv;
@@ -47,10 +57,11 @@ struct Params {
   const long long* slot;      // [1] where in the cache the new token goes
   const long long* first;     // [batch] first slot that counts
   const long long* position;  // [batch] of the new token, for RoPE
+  u32* shares;                // [groups of blocks][SPLITS][each][RESULT_PITCH] floats; ABSENT between the steps
   long long qkv_stride;
   int query_at, key_at, value_at;  // in a row of qkv
-  int batch, key_heads, group;     // group: query heads of a key head
-  int parts;                       // that they are taken in, of up to 8
+  int key_heads, group;            // group: query heads of a key head
+  int parts, each;                 // that they are taken in, and heads of a part: up to 8
   int capacity, window;            // window: slots that are seen, the new one included; 0: all
   int rotary, interleaved;         // channels that turn; whether pairs are neighbours or half of them apart
   float scale;                     // of the scores, times log2(e)
@@ -58,32 +69,49 @@ struct Params {
 };
 
 struct Shared {
-  u16 q[HEADS][Q_PITCH];
-  u16 new_key[WIDE];
-  float new_value[WIDE];
-  float turning[WARPS][WIDE];      // a head while its channels find their partners
-  float most[WARPS + 1][HEADS], sum[WARPS + 1][HEADS];  // of each warp; the last is the new token
-  float block_most[HEADS], block_sum[HEADS];
-  float block_y[HEADS][WIDE];
+  u16 rows[HEADS + 2][PITCH];   // queries, the new key and value
+  float turning[WARPS][WIDE];   // a head while its channels find their partners
+  alignas(16) float most[HEADS][WARPS], sum[HEADS][WARPS];
 };
-// then [WARPS][heads][WIDE] floats: the warps' results
+// then WARPS rings, at last the warps' results: [heads][RESULT_PITCH] floats each
 
-// Where a block stands.
-struct Place { int split, part, key_head, row, heads, head; };
+// Where a block stands. The first blocks, those of split 0, are the first that find room, and often do all. Quotients are
+// small and mostly 0: loops are shorter than divisions.
+struct Place { int split, among, part, key_head, row, heads, head; };
 DEVICE Place place_of(const Params& p) {
-  Place a;
-  int i = blockIdx.x;
-  a.split = i % SPLITS;
-  i /= SPLITS;
-  a.part = i % p.parts;
-  i /= p.parts;
-  a.key_head = i % p.key_heads;
-  a.row = i / p.key_heads;
-  int each = (p.group + p.parts - 1) / p.parts, from = a.part * each;
-  a.heads = min(each, p.group - from);
-  a.head = a.key_head * p.group + from;
+  Place a = {};
+  const int groups = gridDim.x / SPLITS;
+  a.split = (int)__fdividef(blockIdx.x + 0.5f, (float)groups);
+  a.among = a.key_head = blockIdx.x - a.split * groups;
+#pragma unroll 1
+  while (a.key_head >= p.key_heads) { a.key_head -= p.key_heads; a.part++; }
+#pragma unroll 1
+  while (a.part >= p.parts) { a.part -= p.parts; a.row++; }
+  a.heads = min(p.each, p.group - a.part * p.each);
+  a.head = a.key_head * p.group + a.part * p.each;
   return a;
 }
+
+DEVICE long long load_number(const long long* p) { uint2 v = load_fresh8(p); return (long long)((u64)v.y << 32 | v.x); }
+
+// Slots `start` to `slot` are seen, in chunks from slot `base` on. A warp takes every `stride`-th of the `count` chunks.
+struct Tokens {
+  int start, slot, base, count, stride;
+  bool alone;
+
+  DEVICE Tokens(const Params& p, const Place& a) {
+    slot = (int)load_number(p.slot);
+    int first = (int)load_number(p.first + a.row);
+    start = p.window ? max(first, slot - p.window + 1) : first;
+    base = start & ~(CHUNK - 1);
+    count = (slot - base) / CHUNK + 1;
+    alone = SPLITS == 1 || count <= ALONE;
+    stride = alone ? WARPS : SPLITS * WARPS;
+  }
+  DEVICE int first_chunk(const Place& a, int warp) const { return alone ? (a.split ? count : warp) : a.split + SPLITS * warp; }
+  // The block of the last chunk has the new key and value.
+  DEVICE bool has_new(const Place& a) const { return alone ? a.split == 0 : a.split == (count - 1) % SPLITS; }
+};
 
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE u32 narrow2(float lo, float hi) { return (u32)narrow(lo) | (u32)narrow(hi) << 16; }
@@ -91,98 +119,133 @@ DEVICE u32 narrow2(float lo, float hi) { return (u32)narrow(lo) | (u32)narrow(hi
 DEVICE u32 transposed(u32 v) {
   u32 t; asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(v)); return t;
 }
-DEVICE u32 load_fresh4(const void* p) {
-  u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v;
+// Four 8 x 8 matrices of halves; lane 8m + i has the address of row i of matrix m.
+DEVICE void load_matrices(u32 (&to)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+}
+DEVICE void load_transposed(u32 (&to)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
 
-// ------------------------------------------------------------------------------------------------ chunks of the cache
+// ------------------------------------------------------------------------------------------------------ a warp's ring
 
-struct Chunk {
-  u32 k[2][WIDE / 32][4];        // of the tokens r and r + 8
-  u32 v[4][2][PER_LANE / 2];     // of the tokens 2c, 2c + 1, 2c + 8, 2c + 9
-};
+// 16 bytes on their way to shared memory, zeros where they are not `there`.
+DEVICE void copy_piece(u32 to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+DEVICE void end_unit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For the oldest unit of a full ring.
+DEVICE void wait_for_unit() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(UNITS - 1) : "memory");
+  __syncwarp();
+}
 
-// Words of 2 channels from channel `at` on, zero beyond HEAD_DIM or where `there` is false.
-template <int N> DEVICE void load_channels(u32 (&to)[N], const u16* row, int at, bool there) {
-  if constexpr (N % 4 == 0) {
+// The chunk's keys (or values) by one warp. from: slot of the first token; what is not in the cache becomes zeros.
+DEVICE void copy_unit(u32 to, const u16* cache, int from, const Tokens& t, int lane) {
+  constexpr int ROW = WIDE / 8;  // pieces of a token
+  const auto there = [&](int token, int column) {
+    return (u32)(from + token - t.start) < (u32)(t.slot - t.start) && (HEAD_DIM == WIDE || column < HEAD_DIM / 8);
+  };
+  const u16* at = cache + (long long)from * HEAD_DIM;
+  if constexpr (32 % ROW == 0) {  // one address, and constants
+    constexpr int STEP = 32 / ROW;
+    const int token = (u32)lane / ROW, column = (u32)lane % ROW;
+    at += token * HEAD_DIM + column * 8;
+    to += token * (PITCH * 2) + column * 16;
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if (there && at + 2 * i < HEAD_DIM) v = load_fresh16(row + at + 2 * i);
-      to[i] = v.x; to[i + 1] = v.y; to[i + 2] = v.z; to[i + 3] = v.w;
-    }
-  } else if constexpr (N == 2) {
-    uint2 v = make_uint2(0, 0);
-    if (there && at < HEAD_DIM) v = load_fresh8(row + at);
-    to[0] = v.x; to[1] = v.y;
+    for (int n = 0; n < CHUNK; n += STEP) copy_piece(to + n * (PITCH * 2), at + n * HEAD_DIM, there(token + n, column));
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) to[i] = there && at + 2 * i < HEAD_DIM ? load_fresh4(row + at + 2 * i) : 0;
+    for (int piece = lane; piece < CHUNK * ROW; piece += 32) {
+      int token = piece / ROW, column = piece % ROW;
+      copy_piece(to + token * (PITCH * 2) + column * 16, at + token * HEAD_DIM + column * 8, there(token, column));
+    }
   }
 }
 
-// from: slot of the chunk's first token; those before `start` and from `slot` on are zeros.
-DEVICE void load(Chunk& chunk, const u16* keys, const u16* values, int from, int start, int slot, int lane) {
-  const int r = lane >> 2, c = lane & 3;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    int token = from + r + 8 * h;
-#pragma unroll
-    for (int j = 0; j < WIDE / 32; j++)
-      load_channels(chunk.k[h][j], keys + (u64)token * HEAD_DIM, 32 * j + 8 * c, token >= start && token < slot);
-  }
-#pragma unroll
-  for (int t = 0; t < 4; t++) {
-    int token = from + 2 * c + (t & 1) + 8 * (t >> 1);
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      load_channels(chunk.v[t][half], values + (u64)token * HEAD_DIM, half * (WIDE / 2) + PER_LANE * r, token >= start && token < slot);
-  }
-}
+struct Ring {
+  u32 first, at;          // address of the oldest unit
+  int chunk, values;      // to be copied next: keys, then values of a chunk
+  const u16 *keys, *vals; // of the cache
 
-// What a warp has so far: of the heads 2c and 2c + 1 the maximum and the sum (of its own tokens r, r + 8), and y^T.
-struct Running {
-  float most[2], sum[2], y[PER_LANE][4];
+  DEVICE void fill(const Tokens& t, int lane) {
+    if (chunk < t.count) copy_unit(at, values ? vals : keys, t.base + chunk * CHUNK, t, lane);
+    end_unit();
+    if (values) chunk += t.stride;
+    values ^= 1;
+    at += UNIT;
+    if (at == first + RING) at = first;
+  }
 };
 
-DEVICE u32 pair(const u32 (&a)[PER_LANE / 2], const u32 (&b)[PER_LANE / 2], int i) {
-  return __byte_perm(a[i / 2], b[i / 2], i & 1 ? 0x7632 : 0x5410);
+// The new token's row to where its chunk has it.
+DEVICE void put_new(u32 unit, const u16* row, const Tokens& t, int lane) {
+  u32 to = unit + (t.slot & (CHUNK - 1)) * (PITCH * 2), from = shared_address(row);
+#pragma unroll
+  for (int i = 0; i < WIDE / 2; i += 32)
+    if (i + lane < WIDE / 2) store_shared4(to + 4 * (i + lane), load_shared4(from + 4 * (i + lane)));
+  __syncwarp();
 }
 
-DEVICE void add(Running& run, const Chunk& chunk, const uint4 (&q)[WIDE / 32], int from, int start, int slot, float scale, int lane) {
-  float s[4] = {};
+// What a warp has so far: of the heads 2c and 2c + 1 the maximum, y^T, and the sum of exponentials, as if by a channel of
+// which all values are 1 (all of whose rows are alike).
+struct Running {
+  float most[2], sum[4], y[WIDE / 16][4];
+};
+
+DEVICE void score(float (&s)[4], u32 keys, u32 queries, int lane) {
+  float odd[4] = {};
+  u32 at = keys + (lane & 15) * (PITCH * 2) + (lane >> 4) * 16, query = queries + (lane & 7) * (PITCH * 2) + (lane >> 3) * 16;
 #pragma unroll
   for (int j = 0; j < WIDE / 32; j++) {
-    const u32 (&a)[4] = chunk.k[0][j], (&b)[4] = chunk.k[1][j];
-    mma_acc(s, a[0], b[0], a[1], b[1], q[j].x, q[j].y);
-    mma_acc(s, a[2], b[2], a[3], b[3], q[j].z, q[j].w);
+    u32 q[4], k[4];
+    load_matrices(q, query + 64 * j);
+    load_matrices(k, at + 64 * j);
+    mma_acc(s, k[0], k[1], k[2], k[3], q[0], q[1]);
+    load_matrices(k, at + 64 * j + 32);
+    mma_acc(odd, k[0], k[1], k[2], k[3], q[2], q[3]);
   }
+#pragma unroll
+  for (int e = 0; e < 4; e++) s[e] += odd[e];
+}
+
+// Scores to probabilities, with what is there fading by as much as the maximum grew.
+DEVICE void weigh(Running& run, float (&s)[4], int from, const Tokens& t, float scale, int lane) {
   bool seen[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     int token = from + (lane >> 2) + 8 * h;
-    seen[h] = token >= start && token < slot;
+    seen[h] = token >= t.start && token <= t.slot;
   }
-  float fade[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     float a = seen[0] ? s[e] * scale : LOWEST, b = seen[1] ? s[2 + e] * scale : LOWEST, most = fmaxf(a, b);
 #pragma unroll
     for (int o = 4; o < 32; o <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
     most = fmaxf(most, run.most[e]);
-    fade[e] = exp2_fast(run.most[e] - most);
+    float fade = exp2_fast(run.most[e] - most);
     s[e] = seen[0] ? exp2_fast(a - most) : 0.f;
     s[2 + e] = seen[1] ? exp2_fast(b - most) : 0.f;
-    run.sum[e] = fmaf(run.sum[e], fade[e], s[e] + s[2 + e]);
     run.most[e] = most;
+    run.sum[e] *= fade;
+#pragma unroll
+    for (int i = 0; i < WIDE / 16; i++) {
+      run.y[i][e] *= fade;
+      run.y[i][2 + e] *= fade;
+    }
   }
+}
+
+DEVICE void add_values(Running& run, const float (&s)[4], u32 values, int lane) {
   u32 b0 = transposed(narrow2(s[0], s[1])), b1 = transposed(narrow2(s[2], s[3]));
+  const u32 ones = narrow2(1.f, 1.f);
+  mma_acc(run.sum, ones, ones, ones, ones, b0, b1);
+  u32 at = values + ((lane & 7) + (lane >> 4) * 8) * (PITCH * 2) + (lane >> 3 & 1) * 16;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i++) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) run.y[i][e] *= fade[e & 1];
-    mma_acc(run.y[i], pair(chunk.v[0][0], chunk.v[1][0], i), pair(chunk.v[0][1], chunk.v[1][1], i),
-            pair(chunk.v[2][0], chunk.v[3][0], i), pair(chunk.v[2][1], chunk.v[3][1], i), b0, b1);
+  for (int i = 0; i < WIDE / 16; i++) {
+    u32 v[4];
+    load_transposed(v, at + 32 * i);
+    mma_acc(run.y[i], v[0], v[1], v[2], v[3], b0, b1);
   }
 }
 
@@ -190,232 +253,226 @@ DEVICE void add(Running& run, const Chunk& chunk, const uint4 (&q)[WIDE / 32], i
 
 // What a lane needs that does not come from the projection: channels lane, lane + 32, ... of a head.
 struct Turn {
-  float cosine[WIDE / 32], sine[WIDE / 32], query_weight[WIDE / 32], key_weight[WIDE / 32];
+  float cosine[LANE_CHANNELS], sine[LANE_CHANNELS], query_weight[LANE_CHANNELS], key_weight[LANE_CHANNELS];
+  int partner[LANE_CHANNELS];  // the channel that turns with this one; itself where none does
 
   DEVICE Turn(const Params& p, long long position, int lane) {
+    const int half = p.rotary / 2;
+    const float2* angles = p.rope + position * half;
 #pragma unroll
-    for (int n = 0; n < WIDE / 32; n++) {
-      int at = lane + 32 * n, half = p.rotary / 2;
-      bool turns = p.rope && at < p.rotary, there = at < HEAD_DIM;
-      float2 angle = make_float2(1.f, 0.f);
-      if (turns) angle = __ldg(p.rope + position * half + (p.interleaved ? at / 2 : at % half));
+    for (int n = 0; n < LANE_CHANNELS; n++) {
+      int at = lane + 32 * n, pair = p.interleaved ? at / 2 : at < half ? at : at - half;
+      float2 angle = at < p.rotary ? __ldg(angles + pair) : make_float2(1.f, 0.f);  // no RoPE: rotary is 0
+      partner[n] = at >= p.rotary ? at : p.interleaved ? at ^ 1 : at < half ? at + half : at - half;
       cosine[n] = angle.x;
-      sine[n] = turns && (p.interleaved ? at & 1 : at >= half) ? angle.y : -angle.y;
-      query_weight[n] = p.query_norm && there ? __ldg(p.query_norm + at) : 1.f;
-      key_weight[n] = p.key_norm && there ? __ldg(p.key_norm + at) : 1.f;
+      sine[n] = (p.interleaved ? at & 1 : at >= half) ? angle.y : -angle.y;
+      query_weight[n] = p.query_norm && at < HEAD_DIM ? __ldg(p.query_norm + at) : 1.f;
+      key_weight[n] = p.key_norm && at < HEAD_DIM ? __ldg(p.key_norm + at) : 1.f;
     }
   }
 };
 
-// One head by one warp: norm, RoPE, to `put(channel, value)`.
-template <class PUT>
-DEVICE void turn_head(const Params& p, const Turn& turn, const u16* from, bool query, float* turning, int lane, PUT put) {
-  const float* norm = query ? p.query_norm : p.key_norm;
-  float v[WIDE / 32], square = 0.f;
-#pragma unroll
-  for (int n = 0; n < WIDE / 32; n++) {
-    int at = lane + 32 * n;
-    v[n] = at < HEAD_DIM ? widen(load_fresh2(from + at)) : 0.f;
-    square = fmaf(v[n], v[n], square);
+// A head of the projection, for one warp: the queries first, then the new key and value where they are this block's.
+struct Item {
+  const u16* from;
+  u16 *row, *cache;   // where it goes: in shared memory, and by the first part to the cache, else null
+  const float* norm;  // null without
+  float epsilon;
+  bool query, value;
+
+  DEVICE Item(const Params& p, const Place& a, Shared& shared, int slot, int item) {
+    query = item < a.heads;
+    value = item > a.heads;
+    from = p.qkv + a.row * p.qkv_stride;
+    from += query ? p.query_at + (a.head + item) * HEAD_DIM : (value ? p.value_at : p.key_at) + a.key_head * HEAD_DIM;
+    row = shared.rows[query ? item : value ? NEW_VALUE : NEW_KEY];
+    cache = (value ? p.values : p.keys) + ((u64)(a.row * p.key_heads + a.key_head) * p.capacity + slot) * HEAD_DIM;
+    if (query || a.part) cache = nullptr;
+    norm = value ? nullptr : query ? p.query_norm : p.key_norm;
+    epsilon = query ? p.query_epsilon : p.key_epsilon;
+    asm volatile("" : "+l"(from), "+l"(row), "+l"(cache), "+l"(norm), "+f"(epsilon));  // now, and not when x is there
   }
-  if (norm) {
+};
+
+// Norm and RoPE, but of a value neither.
+DEVICE void take(const Item& item, const Turn& turn, float* turning, int lane) {
+  float v[LANE_CHANNELS];
+#pragma unroll
+  for (int n = 0; n < LANE_CHANNELS; n++) v[n] = lane + 32 * n < HEAD_DIM ? widen(load_fresh2(item.from + lane + 32 * n)) : 0.f;
+  if (item.norm) {
+    float square = 0.f;
+#pragma unroll
+    for (int n = 0; n < LANE_CHANNELS; n++) square = fmaf(v[n], v[n], square);
 #pragma unroll
     for (int o = 16; o; o >>= 1) square += __shfl_xor_sync(~0u, square, o);
-    float by = rsqrtf(fmaf(square, 1.f / HEAD_DIM, query ? p.query_epsilon : p.key_epsilon));
+    float by = rsqrtf(fmaf(square, 1.f / HEAD_DIM, item.epsilon));
 #pragma unroll
-    for (int n = 0; n < WIDE / 32; n++) v[n] *= by * (query ? turn.query_weight[n] : turn.key_weight[n]);
+    for (int n = 0; n < LANE_CHANNELS; n++) v[n] *= by * (item.query ? turn.query_weight[n] : turn.key_weight[n]);
+  }
+  if (!item.value) {
+#pragma unroll
+    for (int n = 0; n < LANE_CHANNELS; n++) turning[lane + 32 * n] = v[n];
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < LANE_CHANNELS; n++) v[n] = fmaf(v[n], turn.cosine[n], turning[turn.partner[n]] * turn.sine[n]);
+    __syncwarp();
   }
 #pragma unroll
-  for (int n = 0; n < WIDE / 32; n++) turning[lane + 32 * n] = v[n];
-  __syncwarp();
-#pragma unroll
-  for (int n = 0; n < WIDE / 32; n++) {
-    int at = lane + 32 * n, half = p.rotary / 2, partner = p.interleaved ? at ^ 1 : at < half ? at + half : at - half;
-    float other = p.rope && at < p.rotary ? turning[partner] : 0.f;
-    if (at < HEAD_DIM) put(at, fmaf(v[n], turn.cosine[n], other * turn.sine[n]));
-  }
-  __syncwarp();
-}
-
-// Query heads to shared memory; in the cluster's first block the key and the value too, and by its first part the cache.
-DEVICE void take_token(const Params& p, const Place& a, const Turn& turn, Shared& shared, int slot, int warp, int lane) {
-  const u16* row = p.qkv + a.row * p.qkv_stride;
-  const int extra = a.split == 0 ? 2 : 0;
-  const bool writes = a.part == 0;
-  const u64 to = ((u64)(a.row * p.key_heads + a.key_head) * p.capacity + slot) * HEAD_DIM;
-  for (int item = warp; item < a.heads + extra; item += WARPS) {
-    if (item < a.heads) {
-      turn_head(p, turn, row + p.query_at + (a.head + item) * HEAD_DIM, true, shared.turning[warp], lane,
-                [&](int at, float v) { shared.q[item][at] = narrow(v); });
-    } else if (item == a.heads) {
-      turn_head(p, turn, row + p.key_at + a.key_head * HEAD_DIM, false, shared.turning[warp], lane, [&](int at, float v) {
-        shared.new_key[at] = narrow(v);
-        if (writes) p.keys[to + at] = narrow(v);
-      });
-    } else {
-      for (int at = lane; at < HEAD_DIM; at += 32) {
-        u16 v = load_fresh2(row + p.value_at + a.key_head * HEAD_DIM + at);
-        shared.new_value[at] = widen(v);
-        if (writes) p.values[to + at] = v;
-      }
-    }
-  }
-}
-
-// The new token as one more part: its score, and a sum of 1.
-DEVICE void score_token(const Place& a, Shared& shared, float scale, int warp, int lane) {
-  if (warp >= HEADS) return;
-  float s = 0.f;
-  for (int at = lane; at < HEAD_DIM; at += 32) s = fmaf(widen(shared.q[warp][at]), widen(shared.new_key[at]), s);
-#pragma unroll
-  for (int o = 16; o; o >>= 1) s += __shfl_xor_sync(~0u, s, o);
-  if (lane == 0) {
-    shared.most[WARPS][warp] = a.split == 0 ? s * scale : LOWEST;
-    shared.sum[WARPS][warp] = a.split == 0 ? 1.f : 0.f;
+  for (int n = 0; n < LANE_CHANNELS; n++) {
+    int at = lane + 32 * n;
+    item.row[at] = narrow(v[n]);
+    if (item.cache && at < HEAD_DIM) item.cache[at] = narrow(v[n]);
   }
 }
 
 // ----------------------------------------------------------------------------------------------------- putting together
 
-DEVICE void hand_over(Running& run, Shared& shared, float* results, int heads, int warp, int lane) {
+DEVICE void hand_over(const Running& run, Shared& shared, float* result, int heads, int warp, int lane) {
   const int r = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-#pragma unroll
-    for (int o = 4; o < 32; o <<= 1) run.sum[e] += __shfl_xor_sync(~0u, run.sum[e], o);
     int head = 2 * c + e;
-    if (r == 0) { shared.most[warp][head] = run.most[e]; shared.sum[warp][head] = run.sum[e]; }
+    if (r == 0) { shared.most[head][warp] = run.most[e]; shared.sum[head][warp] = run.sum[e]; }
     if (head >= heads) continue;
-    float* to = results + (warp * heads + head) * WIDE + PER_LANE * r;
+    float* to = result + head * RESULT_PITCH + r;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-      to[i] = run.y[i][e];
-      to[WIDE / 2 + i] = run.y[i][2 + e];
+    for (int i = 0; i < WIDE / 16; i++) {
+      to[16 * i] = run.y[i][e];
+      to[16 * i + 8] = run.y[i][2 + e];
     }
   }
 }
 
-DEVICE void put_warps_together(Shared& shared, const float* results, int heads, bool new_token, int thread) {
-  for (int i = thread; i < heads * WIDE; i += THREADS) {
+// Shares of a head put together: maximum, sum of exponentials, and a channel of y.
+struct Share { float most, sum, y; };
+template <int N> DEVICE Share together(const Share (&parts)[N]) {
+  Share all = {LOWEST, 0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < N; i++) all.most = fmaxf(all.most, parts[i].most);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    float by = exp2_fast(parts[i].most - all.most);
+    all.sum = fmaf(by, parts[i].sum, all.sum);
+    all.y = fmaf(by, parts[i].y, all.y);
+  }
+  return all;
+}
+
+// What the warps have of a channel. results: the first warp's
+DEVICE Share of_warps(const Shared& shared, const u8* results, int head, int at) {
+  Share parts[WARPS];
+#pragma unroll
+  for (int w = 0; w < WARPS; w++)
+    parts[w] = {shared.most[head][w], shared.sum[head][w], *(const float*)(results + w * RING + (head * RESULT_PITCH + at) * 4)};
+  return together(parts);
+}
+
+DEVICE void store_number(u32* to, float v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(__float_as_uint(v)) : "memory");
+}
+DEVICE u32 load_number_or_absent(const u32* from) {
+  u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory"); return v;
+}
+
+// The block's share to memory, number by number.
+DEVICE void hand_in(const Params& p, const Place& a, const Shared& shared, const u8* results, int thread) {
+  u32* share = p.shares + (u64)(a.among * SPLITS + a.split) * p.each * RESULT_PITCH;
+#pragma unroll 1
+  for (int i = thread; i < a.heads * WIDE; i += THREADS) {
     int head = i / WIDE, at = i % WIDE;
-    float most = shared.most[WARPS][head], sum = 0.f, y = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) most = fmaxf(most, shared.most[w][head]);
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      float part = exp2_fast(shared.most[w][head] - most);
-      sum = fmaf(part, shared.sum[w][head], sum);
-      y = fmaf(part, results[(w * heads + head) * WIDE + at], y);
-    }
-    if (new_token) {
-      float part = exp2_fast(shared.most[WARPS][head] - most);
-      sum += part;
-      y = fmaf(part, at < HEAD_DIM ? shared.new_value[at] : 0.f, y);
-    }
-    shared.block_y[head][at] = y;
-    if (at == 0) { shared.block_most[head] = most; shared.block_sum[head] = sum; }
+    Share all = of_warps(shared, results, head, at);
+    u32* to = share + head * RESULT_PITCH;
+    store_number(to + at, all.y);
+    if (at == 0) { store_number(to + WIDE, all.most); store_number(to + WIDE + 1, all.sum); }
   }
 }
 
-#if __CUDA_ARCH__ >= 900
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// A float of shared memory as block `rank` of the cluster has it.
-DEVICE float load_of(const float* mine, u32 rank) {
-  u32 at; float v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
-  return v;
-}
-#endif
-
-// The blocks of a cluster share out the channels, and each divides its by the sum.
-DEVICE void put_blocks_together(const Params& p, const Place& a, Shared& shared, int thread) {
-  u16* y = p.y + ((u64)a.row * p.key_heads * p.group + a.head) * HEAD_DIM;
-#if __CUDA_ARCH__ >= 900
-  if constexpr (SPLITS > 1) {
-    cluster_arrive();
-    cluster_wait();
-    for (int i = a.split * THREADS + thread; i < a.heads * HEAD_DIM; i += SPLITS * THREADS) {
-      int head = i / HEAD_DIM, at = i % HEAD_DIM;
-      float most[SPLITS], sums[SPLITS], parts[SPLITS], top = LOWEST, sum = 0.f, out = 0.f;
+// What the blocks have of a channel, as soon as it is there.
+DEVICE Share of_blocks(const Params& p, const Place& a, int head, int at) {
+  const u32* first = p.shares + ((u64)a.among * SPLITS * p.each + head) * RESULT_PITCH;
+  u32 most[SPLITS], sum[SPLITS], y[SPLITS];
+  bool all;
+  do {
+    all = true;
 #pragma unroll
-      for (int s = 0; s < SPLITS; s++) {
-        most[s] = load_of(&shared.block_most[head], s);
-        sums[s] = load_of(&shared.block_sum[head], s);
-        parts[s] = load_of(&shared.block_y[head][at], s);
-        top = fmaxf(top, most[s]);
-      }
-#pragma unroll
-      for (int s = 0; s < SPLITS; s++) {
-        float part = exp2_fast(most[s] - top);
-        sum = fmaf(part, sums[s], sum);
-        out = fmaf(part, parts[s], out);
-      }
-      y[i] = narrow(__fdividef(out, sum));
+    for (int s = 0; s < SPLITS; s++) {
+      const u32* share = first + s * p.each * RESULT_PITCH;
+      most[s] = load_number_or_absent(share + WIDE);
+      sum[s] = load_number_or_absent(share + WIDE + 1);
+      y[s] = load_number_or_absent(share + at);
     }
-    cluster_arrive();  // none leaves while another reads its memory
-    cluster_wait();
-    return;
-  }
-#endif
-  __syncthreads();
-  for (int i = thread; i < a.heads * HEAD_DIM; i += THREADS) {
-    int head = i / HEAD_DIM;
-    y[i] = narrow(__fdividef(shared.block_y[head][i % HEAD_DIM], shared.block_sum[head]));
-  }
+#pragma unroll
+    for (int s = 0; s < SPLITS; s++) all &= most[s] != ABSENT && sum[s] != ABSENT && y[s] != ABSENT;
+  } while (!all);
+  Share parts[SPLITS];
+#pragma unroll
+  for (int s = 0; s < SPLITS; s++) parts[s] = {__uint_as_float(most[s]), __uint_as_float(sum[s]), __uint_as_float(y[s])};
+  return together(parts);
 }
 
-#if __CUDA_ARCH__ >= 900 && SPLITS > 1
-#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
-#else
-#define CLUSTER
-#endif
+// After all that of_blocks has read.
+DEVICE void clear_shares(const Params& p, const Place& a, int thread) {
+  u32* first = p.shares + (u64)a.among * SPLITS * p.each * RESULT_PITCH;
+  for (int i = thread; i < SPLITS * p.each * RESULT_PITCH; i += THREADS) first[i] = ABSENT;
+}
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) float results[];
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
+  extern __shared__ __align__(128) u8 dynamic[];
   __shared__ __align__(16) Shared shared;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Place a = place_of(p);
-  const int slot = (int)*(volatile const long long*)p.slot, first = (int)*(volatile const long long*)(p.first + a.row);
-  const int start = p.window ? max(first, slot - p.window + 1) : first;
-  const int base = start & ~(CHUNK - 1), count = slot > base ? (slot - base + CHUNK - 1) / CHUNK : 0;
+  const long long position = load_number(p.position + a.row);  // all three numbers at once
+  const Tokens t(p, a);
+  if (t.alone && a.split) return;
   const u64 cache = (u64)(a.row * p.key_heads + a.key_head) * p.capacity * HEAD_DIM;
-  const u16 *keys = p.keys + cache, *values = p.values + cache;
-  const Turn turn(p, *(volatile const long long*)(p.position + a.row), lane);
-  for (int i = thread; i < HEADS * Q_PITCH; i += THREADS) (&shared.q[0][0])[i] = 0;
-  for (int i = thread; i < WIDE; i += THREADS) shared.new_key[i] = 0;
-
-  constexpr int STRIDE = SPLITS * WARPS;
-  int at = a.split + SPLITS * warp;
-  Chunk chunks[DOUBLE ? 2 : 1];
-  if (at < count) load(chunks[0], keys, values, base + at * CHUNK, start, slot, lane);
-  if (DOUBLE && at + STRIDE < count) load(chunks[DOUBLE], keys, values, base + (at + STRIDE) * CHUNK, start, slot, lane);
+  const u32 ring_at = shared_address(dynamic) + warp * RING;
+  int chunk = t.first_chunk(a, warp);
+  Ring ring = {ring_at, ring_at, chunk, 0, p.keys + cache, p.values + cache};
+#pragma unroll 1
+  for (int i = 0; i < UNITS; i++) ring.fill(t, lane);
+  const Turn turn(p, position, lane);
+#pragma unroll 1
+  for (int i = thread; i < HEADS * PITCH / 8; i += THREADS) store_shared16(shared_address(shared.rows) + 16 * i, make_uint4(0, 0, 0, 0));
+  const int items = a.heads + (t.has_new(a) ? 2 : 0);
+  Item item(p, a, shared, t.slot, warp);
   __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_start();  // now that all before the projection is over: see the head
 
-  take_token(p, a, turn, shared, slot, warp, lane);
+#pragma unroll 1
+  for (int i = warp; i < items; item = Item(p, a, shared, t.slot, i)) {
+    take(item, turn, shared.turning[warp], lane);
+    i += WARPS;
+  }
   __syncthreads();
-  uint4 q[WIDE / 32];
-#pragma unroll
-  for (int j = 0; j < WIDE / 32; j++) q[j] = load_shared16(shared_address(&shared.q[lane >> 2][32 * j + 8 * (lane & 3)]));
-  score_token(a, shared, p.scale, warp, lane);
-
+  const u32 queries = shared_address(shared.rows);
   Running run = {{LOWEST, LOWEST}, {}, {}};
 #pragma unroll 1
-  while (at < count) {
-    add(run, chunks[0], q, base + at * CHUNK, start, slot, p.scale, lane);
-    if constexpr (DOUBLE) {
-      chunks[0] = chunks[1];
-      if (at + 2 * STRIDE < count) load(chunks[1], keys, values, base + (at + 2 * STRIDE) * CHUNK, start, slot, lane);
-    } else if (at + STRIDE < count) {
-      load(chunks[0], keys, values, base + (at + STRIDE) * CHUNK, start, slot, lane);
-    }
-    at += STRIDE;
+  for (; chunk < t.count; chunk += t.stride) {
+    const bool last = chunk == t.count - 1;
+    float s[4] = {};
+    wait_for_unit();
+    if (last) put_new(ring.at, shared.rows[NEW_KEY], t, lane);
+    score(s, ring.at, queries, lane);
+    ring.fill(t, lane);
+    weigh(run, s, t.base + chunk * CHUNK, t, p.scale, lane);
+    wait_for_unit();
+    if (last) put_new(ring.at, shared.rows[NEW_VALUE], t, lane);
+    add_values(run, s, ring.at, lane);
+    ring.fill(t, lane);
   }
-  hand_over(run, shared, results, a.heads, warp, lane);
+  hand_over(run, shared, (float*)(dynamic + warp * RING), a.heads, warp, lane);
   __syncthreads();
-  put_warps_together(shared, results, a.heads, a.split == 0, thread);
-  put_blocks_together(p, a, shared, thread);
+  if (!t.alone) hand_in(p, a, shared, dynamic, thread);
+  if (!t.alone && a.split != SPLITS - 1) return;
+  u16* y = p.y + ((u64)a.row * p.key_heads * p.group + a.head) * HEAD_DIM;
+#pragma unroll 1
+  for (int i = thread; i < a.heads * HEAD_DIM; i += THREADS) {
+    int head = i / HEAD_DIM, at = i % HEAD_DIM;
+    Share all = t.alone ? of_warps(shared, dynamic, head, at) : of_blocks(p, a, head, at);
+    y[i] = narrow(__fdividef(all.y, all.sum));
+  }
+  if (t.alone) return;
+  __syncthreads();
+  clear_shares(p, a, thread);
 }

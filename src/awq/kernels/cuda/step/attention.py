@@ -16,12 +16,16 @@ from awq.kernels.cuda.step.launch import Launch
 
 SOURCE = SOURCES / "step_attention.cu"
 HEAD_DIMS = range(8, 257, 8)
-_WARPS, _HEADS = 8, 8  # of the kernel: warps of a block, query heads that it takes at most
-_MOST_SPLITS = 8  # blocks of a cluster on every GPU that has clusters
+_HEADS, _CHUNK = 8, 16  # of the kernel: query heads of a block at most, tokens that a warp takes at a time
+_MOST_SPLITS = 16  # one block reads the shares of all
+_STATIC = 24 << 10  # bytes of shared memory that the kernel has beside its rings, at most
+# Warps of a block, and units of the ring of each: 16 keys or 16 values. The first that fits: blocks that take more than
+# half of an SM's shared memory spread over all SMs, also where they start as others end.
+_RINGS = ((16, 4), (16, 2), (8, 2), (8, 1))
 
-# struct Params: 10 addresses; qkv_stride; query_at, key_at, value_at, batch, key_heads, group, parts,
+# struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
-_PARAMS = Struct("<10Qq11i3f")
+_PARAMS = Struct("<11Qq11i3f")
 
 
 @dataclass(frozen=True)
@@ -66,29 +70,31 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
         goes to `slot`, its position is that of the RoPE table, and it sees the slots from `first` on
     window: how many slots are seen, the new one included; None for all
     """
-    group = heads.heads // heads.key_heads
-    batch, parts, device = qkv.shape[0], -(-group // _HEADS), qkv.get_device()
-    blocks = batch * heads.key_heads * parts
-    splits = splits_of(blocks, gpu(device).multiprocessors)
-    shared = _WARPS * -(-group // parts) * _padded(heads.head_dim) * 4
+    group, batch, device = heads.heads // heads.key_heads, qkv.shape[0], qkv.get_device()
+    parts = -(-group // _HEADS)
+    each, blocks = -(-group // parts), batch * heads.key_heads * parts
+    _, multiprocessors, available = gpu(device)
+    splits, (warps, units) = splits_of(blocks, multiprocessors), _ring(heads.head_dim, available)
     launch = Launch(
         SOURCE,
         "attention",
-        _defines(heads.head_dim, splits, qkv.dtype is torch.bfloat16),
+        _defines(heads.head_dim, splits, warps, units, qkv.dtype is torch.bfloat16),
         blocks * splits,
-        32 * _WARPS,
-        shared,
+        32 * warps,
+        warps * units * _unit_bytes(heads.head_dim),
         _PARAMS,
         device,
     )
-    sizes = (heads.query_at, heads.key_at, heads.value_at, batch, heads.key_heads, group, parts)
+    numbers = blocks * splits * each * (_padded(heads.head_dim) + 4)
+    shares = torch.full((numbers,), -1, dtype=torch.int32, device=qkv.device)  # -1: not there yet
+    sizes = (heads.query_at, heads.key_at, heads.value_at, heads.key_heads, group, parts, each)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
     weights = [norm.weight if norm else None for norm in norms]
     epsilons = [norm.epsilon if norm else 0.0 for norm in norms]
 
     def bind(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None) -> Launch:
-        places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position)
+        places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position, shares)
         last = (keys.shape[2], window or 0, rotary, int(heads.interleaved))
         return launch.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
 
@@ -96,23 +102,30 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
 
 
 def splits_of(blocks: int, multiprocessors: int) -> int:
-    """Blocks that share a key head's tokens: a power of two, as many as run at once."""
-    splits = 1
-    while splits < _MOST_SPLITS and 2 * splits * blocks <= multiprocessors:
-        splits *= 2
-    return splits
+    """Blocks that share a key head's tokens where those are many: as many as run at once."""
+    return max(1, min(_MOST_SPLITS, multiprocessors // blocks))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits in (1, 4, _MOST_SPLITS):
+        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS), _RINGS, strict=True):
             for bf16 in (False, True):
-                yield SOURCE, "attention", arch, _defines(head_dim, splits, bf16)
+                yield SOURCE, "attention", arch, _defines(head_dim, splits, *ring, bf16)
 
 
-def _defines(head_dim: int, splits: int, bf16: bool) -> dict[str, int]:
-    return {"HEAD_DIM": head_dim, "SPLITS": splits, "AWQ_BF16": int(bf16)}
+def _defines(head_dim: int, splits: int, warps: int, units: int, bf16: bool) -> dict[str, int]:
+    return {"HEAD_DIM": head_dim, "SPLITS": splits, "WARPS": warps, "UNITS": units, "AWQ_BF16": int(bf16)}
+
+
+def _ring(head_dim: int, available: int) -> tuple[int, int]:
+    """(warps, units) of _RINGS for a block that may have so many bytes of shared memory."""
+    room = (available - _STATIC) // _unit_bytes(head_dim)
+    return next(((warps, units) for warps, units in _RINGS if warps * units <= room), _RINGS[-1])
+
+
+def _unit_bytes(head_dim: int) -> int:
+    return _CHUNK * (_padded(head_dim) + 8) * 2
 
 
 def _padded(head_dim: int) -> int:
