@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from awq.algorithm.deal import Measured, solve_dealt
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.inputs.activations import Activations, ParkedList
-from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, fast_matmul, lifted
+from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, lifted
 from awq.algorithm.inputs.coverage import Counts, counted, every_expert, in_all
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.propagate import Propagation, enter_both, recorded
 from awq.algorithm.inputs.routing import recorded_routing
 from awq.algorithm.inputs.stats import InputStats

@@ -86,9 +86,9 @@ def _handed_out(
         target = here().hand_out(own[0].contiguous(), owner) if corrected else part[name].weight
         grid = Affine(scales, zeros, config.bits)
         coded[name] = Coded(grid, codes, target, next(iter(unrounded), None), rounding, corrected)
-    result = Solution.measured(part, coded, *moments) if moments and word["measured"] else Solution(part, coded)
-    vars(result)["losses"] = {name: (loss, rounding) for name, (loss, rounding) in word["losses"].items()}
-    return result
+    losses = {name: (loss, rounding) for name, (loss, rounding) in word["losses"].items()}
+    fit, held_out = moments if moments and word["measured"] else (None, None)
+    return Solution.measured(part, coded, fit, held_out, losses)
 
 
 def _tensors(coded: Coded) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from awq.algorithm.graphed import Graphed
-from awq.algorithm.inputs.capture import CHUNK_TOKENS, fast_matmul
+from awq.algorithm.inputs.capture import CHUNK_TOKENS
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.propagate import Propagation, replaced_weights
 from awq.algorithm.inputs.text import Batch, Text, Weights, distance
 from awq.algorithm.ranks import here

@@ -225,21 +225,6 @@ def lifted(block: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.data = buffer.data.to(buffers[name])
 
 
-@contextmanager
-def fast_matmul(enabled: bool = True) -> Iterator[None]:
-    """float32 products of bf16 (CPU) or tf32 (GPU) operands, accumulated in float32.
-
-    2.3 x as fast as float32 on a CPU with avx512_bf16 and harmless in the forward and the search; what is accepted is
-    compared outside of this.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if enabled else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def capture(
     block: nn.Module,
     index: int,

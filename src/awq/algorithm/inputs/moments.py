@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from awq.algorithm.inputs.precision import product
 from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
@@ -100,7 +101,7 @@ class Moments:
         """(target - W x) x^T for the linear `name` with `weight` W, [out, in]: the rows that this rank takes of it."""
 
         def wanted(part: slice) -> Tensor:
-            rows = weight[part] @ self.drift
+            rows = product(weight[part], self.drift)
             return rows.add_(self.lag[name][part], alpha=RESIDUAL) if name in self.lag else rows
 
         return own_rows(weight, wanted, torch.empty_like(weight))
@@ -139,7 +140,7 @@ class Moments:
 
         def losses(part: slice) -> Tensor:
             delta = trial[part] - weight[part]
-            return (delta @ self.gram).sub_(wanted[part], alpha=2).mul_(delta).sum(1)
+            return product(delta, self.gram).sub_(wanted[part], alpha=2).mul_(delta).sum(1)
 
         rows = by_rows(weight, losses, weight.new_empty(len(weight)))
-        return rows + self.missed[name] if name in self.missed else rows
+        return rows + self.missed.get(name, 0)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.inputs.activations import Activations, ParkedList
-from awq.algorithm.inputs.capture import Chunk, enter_dealt, fast_matmul, in_chunks
+from awq.algorithm.inputs.capture import Chunk, enter_dealt, in_chunks
 from awq.algorithm.inputs.moments import Moments
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.routing import replayed_routing
 from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
 from awq.structure.probe import Stop

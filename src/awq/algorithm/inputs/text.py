@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 
-from awq.algorithm.inputs.capture import Call, fast_matmul
+from awq.algorithm.inputs.capture import Call
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.propagate import Propagation
 from awq.algorithm.ranks import here
 

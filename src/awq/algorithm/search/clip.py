@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.ranks import by_rows, row_sums
 from awq.algorithm.search.affine import Affine, ranges, span
-from awq.algorithm.search.loss import group_errors, row_errors
+from awq.algorithm.search.loss import group_errors, row_gains
 
 # Down to half of the range. Steps of 1/20, as AWQ has them, leave 1 % of perplexity behind (SmolLM2, WikiText-2).
 SHRINKS = tuple(1 - step / 40 for step in range(1, 21))
@@ -31,7 +31,7 @@ def search_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_p
 
     def gains(_place: int, part: slice) -> Tensor:
         before, after = (grid.rows(part).round(weight[part]) - weight[part] for grid in (full, clipped))
-        return row_errors(before, gram) - row_errors(after, gram)
+        return row_gains(before, after, gram)
 
     with fast_matmul(enabled=False):
         gain = row_sums([weight], gains)

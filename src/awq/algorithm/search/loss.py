@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from awq.algorithm.inputs.precision import product
 from awq.algorithm.ranks import row_sums
 
 
@@ -17,7 +18,14 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
 
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """What each row adds to `output_error`, float32 [out_features]."""
-    return ((delta @ gram) * delta).sum(1)
+    return (product(delta, gram) * delta).sum(1)
+
+
+def row_gains(before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
+    """`row_errors` of `before` less those of `after`, in one product, and without the difference of two large sums:
+    b G b - a G a = (b - a) G (b + a).
+    """
+    return (product(before - after, gram) * (before + after)).sum(1)
 
 
 def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:

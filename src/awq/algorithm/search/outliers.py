@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from awq.algorithm.inputs.precision import product
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.solution import Solution
 from awq.config import MAX_OUTLIER_RATIO
@@ -78,7 +79,7 @@ def _lower(solution: Solution, channels: Tensor, residuals: Mapping[str, Tensor]
     for name, judge in solution.judges().items():
         weight, outliers = solution.coded[name].weight, Outliers(index, residuals[name])
         kept[name] = Kept(outliers, judge(outliers.add_to(weight)))
-        saved += judge(weight) - kept[name].loss
+        saved += solution.losses[name][0] - kept[name].loss
     return kept if saved > 0 else {}
 
 
@@ -109,7 +110,7 @@ class Budget:
 
 
 def _missing(delta: Tensor, gram: Tensor) -> Tensor:
-    return by_rows(delta, lambda part: -(delta[part] @ gram), torch.empty_like(delta))
+    return by_rows(delta, lambda part: -product(delta[part], gram), torch.empty_like(delta))
 
 
 def choose_by_gain(missing: Sequence[Tensor], gram: Tensor, count: int) -> Tensor:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.affine import Affine
-from awq.algorithm.search.loss import row_errors
+from awq.algorithm.search.loss import row_gains
 
 _RIDGE = 1e-6  # relative; keeps the systems of all-zero groups solvable
 
@@ -34,7 +34,7 @@ def _refitted(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Tens
         scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
     with fast_matmul(enabled=False):
         refitted = replace(grid, scales=scales)
-        better = row_errors(refitted.decode(codes) - weight, gram) < row_errors(grid.decode(codes) - weight, gram)
+        better = row_gains(grid.decode(codes) - weight, refitted.decode(codes) - weight, gram) > 0
     keep = better & (scales > 0).all(1)
     return torch.where(keep.unsqueeze(1), scales, grid.scales)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.precision import fast_matmul, product
 from awq.algorithm.ranks import share, slabs, taken
 from awq.algorithm.search.affine import Affine
 
@@ -94,7 +94,7 @@ def _round(
             mine = rest[part], factor[part, part], scales[part], zeros[part]
             codes[part], errors = columns.round(*mine, 2**grid.bits - 1)
             for slab, some in zip(rest[later].split(sizes, 1), errors.split(sizes, 1), strict=True):
-                slab -= factor[part, later].t() @ some.contiguous()  # as long a row for any number of ranks
+                slab -= product(factor[part, later].t(), some.contiguous())  # as long a row for any number of ranks
             rest[part] = errors * pivots[part] / scales[part] + codes[part]
     back = order.argsort()
     return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())

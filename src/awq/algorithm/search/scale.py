@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.capture import fast_matmul
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import row_sums
-from awq.algorithm.search.loss import row_errors
+from awq.algorithm.search.loss import row_errors, row_gains
 
 GRID = 20
 Round = Callable[[Tensor], Tensor]
@@ -50,33 +50,36 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
     def candidate(step: int) -> Tensor:
         return _normalized(magnitude ** (step / GRID))
 
+    def delta(consumer: Consumer, part: slice, scale: Tensor | None = None) -> Tensor:
+        weight = consumer.weight[part]
+        return (round_weight(weight) if scale is None else round_weight(weight * scale) / scale) - weight
+
+    def gain(consumer: Consumer, part: slice) -> Tensor:
+        return row_gains(delta(consumer, part), delta(consumer, part, columns), consumer.stats.gram)
+
     def loss(step: int) -> float:
-        return float(_errors(consumers, round_weight, expand(candidate(step))).sum())
+        scale = expand(candidate(step))
+        return float(_by_role(consumers, lambda one, part: row_errors(delta(one, part, scale), one.stats.gram)).sum())
 
     with fast_matmul():
         losses = {step: loss(step) for step in range(2, GRID + 1, 2)}
         nearest = min(losses, key=losses.__getitem__)
         losses |= {step: loss(step) for step in (nearest - 1, nearest + 1) if step <= GRID}
     best = candidate(min(losses, key=losses.__getitem__))
+    columns = expand(best)
     with fast_matmul(enabled=False):
-        plain = _errors(consumers, round_weight, torch.ones_like(expand(best)))
-        scaled = _errors(consumers, round_weight, expand(best))
-    return best if bool((scaled <= plain).all()) and bool(scaled.sum() < plain.sum()) else None
+        gains = _by_role(consumers, gain)
+    return best if bool((gains >= 0).all()) and bool(gains.sum() > 0) else None
 
 
-def _errors(consumers: Sequence[Consumer], round_weight: Round, scale: Tensor) -> Tensor:
-    """Output error by role when the weights are rounded under `scale` [in_features]."""
+def _by_role(consumers: Sequence[Consumer], rows: Callable[[Consumer, slice], Tensor]) -> Tensor:
+    """What `rows` makes of each row of each weight, summed by role, in proportion to the tokens."""
     most = max(consumer.tokens for consumer in consumers)
-
-    def rows(place: int, part: slice) -> Tensor:
-        weight = consumers[place].weight[part]
-        return row_errors(round_weight(weight * scale) / scale - weight, consumers[place].stats.gram)
-
     roles: dict[str, Tensor] = {}
-    errors = row_sums([consumer.weight for consumer in consumers], rows)
-    for consumer, error in zip(consumers, errors, strict=True):
-        error = error * (consumer.tokens / most)
-        roles[consumer.role] = roles[consumer.role] + error if consumer.role in roles else error
+    sums = row_sums([consumer.weight for consumer in consumers], lambda place, part: rows(consumers[place], part))
+    for consumer, value in zip(consumers, sums, strict=True):
+        value = value * (consumer.tokens / most)
+        roles[consumer.role] = roles[consumer.role] + value if consumer.role in roles else value
     return torch.stack(list(roles.values()))
 
 

@@ -10,8 +10,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.inputs.capture import fast_matmul
 from awq.algorithm.inputs.moments import Moments
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.search.affine import Affine, fit_affine
 from awq.algorithm.search.loss import output_error
@@ -60,6 +60,7 @@ class Linear:
 
 
 Linears = dict[str, Linear]
+Losses = dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,14 @@ class Judge:
 
     def __call__(self, weight: Tensor) -> float:
         with fast_matmul(enabled=False):
-            rows = self.moments.row_losses(self.name, self.linear.weight, self.wanted, weight)
+            return self._loss(self.moments.row_losses(self.name, self.linear.weight, self.wanted, weight))
+
+    @property
+    def unchanged(self) -> float:
+        """The loss of the linear's own weight."""
+        return self._loss(self.moments.missed.get(self.name, torch.zeros_like(self.linear.row_scale)))
+
+    def _loss(self, rows: Tensor) -> float:
         return float((rows * self.linear.row_scale.square()).sum()) / self.linear.power
 
 
@@ -124,8 +132,13 @@ class Solution:
     held_out: Moments | None = None
 
     @classmethod
-    def measured(cls, linears: Linears, coded: dict[str, Coded], fit: Moments, held_out: Moments) -> Self:
-        return cls(linears, coded, fit.inputs_alone() if fit is not held_out else fit, held_out)
+    def measured(
+        cls, linears: Linears, coded: dict[str, Coded], fit: Moments | None, held_out: Moments | None, losses: Losses
+    ) -> Self:
+        """With `losses` as they were found on the way."""
+        solution = cls(linears, coded, fit.inputs_alone() if fit and fit is not held_out else fit, held_out)
+        vars(solution)["losses"] = losses
+        return solution
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -138,7 +151,7 @@ class Solution:
         return all(loss <= rounding for loss, rounding in self.losses.values())
 
     @cached_property
-    def losses(self) -> dict[str, tuple[float, float]]:
+    def losses(self) -> Losses:
         """By linear, what the int4 alone costs, and what plain rounding would."""
         judges, plain = self.judges(), self.held_out is None
         return {

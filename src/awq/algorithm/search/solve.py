@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.capture import fast_matmul
 from awq.algorithm.inputs.moments import RIDGES, Moments
+from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.search.affine import Affine
 from awq.algorithm.search.clip import search_clip
 from awq.algorithm.search.refit import refit_scales
 from awq.algorithm.search.rounding import ColumnLoop, Rounded, round_compensated
-from awq.algorithm.search.solution import Coded, Judge, Linear, Linears, Solution, full_range
+from awq.algorithm.search.solution import Coded, Judge, Linear, Linears, Losses, Solution, full_range
 from awq.config import QuantConfig
 
 Judges = dict[str, Judge]
@@ -39,16 +39,20 @@ def solve_propagated(
     if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
         return solve(linears, config)
     judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
-    coded = _compensate(judges, fit, config, columns)
-    return Solution.measured(linears, coded, fit, held_out)
+    coded, losses = _compensate(judges, fit, config, columns)
+    return Solution.measured(linears, coded, fit, held_out, losses)
 
 
-def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop) -> dict[str, Coded]:
+def _compensate(
+    judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop
+) -> tuple[dict[str, Coded], Losses]:
     """The best that held-out text finds among compensated, clipped and plain rounding, by linear."""
     targets = _targets(judges, fit)
     grids = {name: _clipped(target, fit.gram, config) for name, target in targets.items()}
     compensated = _rounded(targets, grids, fit.gram, columns)
-    coded, learned = {}, config.effort == "max"
+    coded: dict[str, Coded] = {}
+    losses: Losses = {}
+    learned = config.effort == "max"
     for name, judge in judges.items():
         weight, target, grid = judge.linear.weight, targets[name], grids[name]
         pairs = (target, grid), (weight, full_range(weight, config))
@@ -56,11 +60,18 @@ def _compensate(judges: Judges, fit: Moments, config: QuantConfig, columns: Colu
         if name in compensated:
             codes, unrounded = compensated[name]
             trials.insert(0, Coded(grid, codes, target, unrounded if learned else None, "compensated"))
-        best = min(trials, key=lambda trial: judge(trial.decode()))
+        loss, best = _least([(judge(trial.decode()), trial) for trial in trials])
         if config.refit:
-            best = min(_refitted(best, fit.gram), best, key=lambda trial: judge(trial.decode()))
+            refitted = _refitted(best, fit.gram)
+            loss, best = _least([(judge(refitted.decode()), refitted), (loss, best)])
         coded[name] = replace(best, corrected=not torch.equal(best.target, weight))
-    return coded
+        losses[name] = loss, judge(judge.linear.rounded)
+    return coded, losses
+
+
+def _least(trials: list[tuple[float, Coded]]) -> tuple[float, Coded]:
+    """The trial of the lowest loss, the first of equals."""
+    return min(trials, key=lambda trial: trial[0])
 
 
 def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
@@ -70,7 +81,7 @@ def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
     """
     weights = {name: judge.linear.weight for name, judge in judges.items()}
     best = dict(weights)
-    losses = {name: judge(weights[name]) for name, judge in judges.items()}
+    losses = {name: judge.unchanged for name, judge in judges.items()}
     corrections = fit.corrections(weights, RIDGES)
     for ridge in RIDGES:
         with fast_matmul(enabled=False):
