@@ -1,7 +1,7 @@
 import torch
 
 from awq.algorithm.search.affine import fit_affine
-from awq.algorithm.search.loss import group_errors, output_error
+from awq.algorithm.search.loss import group_errors, output_error, row_errors, row_gains
 from awq.algorithm.search.outliers import choose_channels, outlier_count, residual
 from awq.algorithm.search.refit import refit_scales
 
@@ -78,3 +78,18 @@ def test_refit_never_raises_any_rows_error() -> None:
     assert torch.equal(refitted.scales, refitted.scales.half().float())
     assert (row_errors(refitted) <= row_errors(grid)).all()
     assert row_errors(refitted).sum() < 0.98 * row_errors(grid).sum()
+
+
+def test_gains_are_differences_of_errors_without_their_noise() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 64, dtype=torch.float64) * torch.linspace(0.1, 10, 64, dtype=torch.float64)
+    gram = x.t() @ x / 400
+    before = torch.randn(16, 64, dtype=torch.float64)
+    after = before.clone()
+    after[:, 3] *= 1 - 1e-5
+    exact = row_errors(before, gram) - row_errors(after, gram)
+    single = before.float(), after.float(), gram.float()
+    gains = row_gains(*single)
+    assert torch.allclose(gains.double(), exact, rtol=1e-2)
+    subtracted = row_errors(single[0], single[2]) - row_errors(single[1], single[2])
+    assert (gains - exact).abs().max() < 0.1 * (subtracted - exact).abs().max()

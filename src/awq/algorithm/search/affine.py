@@ -27,22 +27,23 @@ class Affine:
 
     def encode(self, weight: Tensor) -> Tensor:
         """Codes of `weight` [out, in], plain rounding, uint8 [out, in]."""
-        codes = torch.round(self._grouped(weight) / self.scales.unsqueeze(-1)) + self.zeros.unsqueeze(-1)
+        codes = (self._grouped(weight) / self.scales.unsqueeze(-1)).round_().add_(self.zeros.unsqueeze(-1))
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)
 
     def unrounded(self, weight: Tensor) -> Tensor:
         """What `encode` rounds, float32 [out, in]."""
-        return (self._grouped(weight) / self.scales.unsqueeze(-1) + self.zeros.unsqueeze(-1)).flatten(1)
+        return (self._grouped(weight) / self.scales.unsqueeze(-1)).add_(self.zeros.unsqueeze(-1)).flatten(1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32 weight [out, in] of `codes` [out, in]."""
-        return ((self._grouped(codes) - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)).flatten(1)
+        return (self._grouped(codes) - self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1)).flatten(1)
 
     def round(self, weight: Tensor) -> Tensor:
-        """`weight` moved to the nearest point of the grid, float32 [out, in]."""
+        """`weight` moved to the nearest point of the grid, float32 [out, in], in memory of its own."""
         scales, zeros = self.scales.unsqueeze(-1), self.zeros.unsqueeze(-1)
-        steps = torch.round(self._grouped(weight) / scales)
-        return torch.maximum(torch.minimum(steps, 2**self.bits - 1 - zeros), -zeros).mul_(scales).flatten(1)
+        steps = (self._grouped(weight) / scales).round_()  # in place from here on: new memory costs more than the work
+        torch.minimum(steps, 2**self.bits - 1 - zeros, out=steps)
+        return torch.maximum(steps, -zeros, out=steps).mul_(scales).flatten(1)
 
     def _grouped(self, values: Tensor) -> Tensor:
         """[out, in] -> float32 [out, groups, group_size]."""

@@ -30,7 +30,7 @@ def search_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_p
     clipped = span(low * shrink, high * shrink, bits, zero_point)
 
     def gains(_place: int, part: slice) -> Tensor:
-        before, after = (grid.rows(part).round(weight[part]) - weight[part] for grid in (full, clipped))
+        before, after = (grid.rows(part).round(weight[part]).sub_(weight[part]) for grid in (full, clipped))
         return row_gains(before, after, gram)
 
     with fast_matmul(enabled=False):
@@ -43,7 +43,7 @@ def _best(grids: Mapping[float, Affine], weight: Tensor, gram: Tensor) -> Tensor
     shrinks = torch.ones_like(grids[1.0].scales)
     best = torch.full_like(shrinks, float("inf"))
     for shrink, grid in grids.items():
-        error = group_errors(grid.round(weight) - weight, gram, shrinks.shape[1])
+        error = group_errors(grid.round(weight).sub_(weight), gram, shrinks.shape[1])
         shrinks[error < best] = shrink
         best = torch.minimum(error, best)
     return shrinks

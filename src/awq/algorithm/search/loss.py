@@ -18,14 +18,14 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
 
 def row_errors(delta: Tensor, gram: Tensor) -> Tensor:
     """What each row adds to `output_error`, float32 [out_features]."""
-    return (product(delta, gram) * delta).sum(1)
+    return product(delta, gram).mul_(delta).sum(1)
 
 
 def row_gains(before: Tensor, after: Tensor, gram: Tensor) -> Tensor:
     """`row_errors` of `before` less those of `after`, in one product, and without the difference of two large sums:
     b G b - a G a = (b - a) G (b + a).
     """
-    return (product(before - after, gram) * (before + after)).sum(1)
+    return product(before - after, gram).mul_(before + after).sum(1)
 
 
 def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:
@@ -33,4 +33,4 @@ def group_errors(delta: Tensor, gram: Tensor, groups: int) -> Tensor:
     size = delta.shape[1] // groups
     diagonal = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     grouped = delta.view(-1, groups, size).transpose(0, 1)  # [groups, out, size]
-    return ((grouped @ diagonal) * grouped).sum(-1).t()
+    return (grouped @ diagonal).mul_(grouped).sum(-1).t()

@@ -34,7 +34,7 @@ def _refitted(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Tens
         scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
     with fast_matmul(enabled=False):
         refitted = replace(grid, scales=scales)
-        better = row_gains(grid.decode(codes) - weight, refitted.decode(codes) - weight, gram) > 0
+        better = row_gains(grid.decode(codes).sub_(weight), refitted.decode(codes).sub_(weight), gram) > 0
     keep = better & (scales > 0).all(1)
     return torch.where(keep.unsqueeze(1), scales, grid.scales)
 

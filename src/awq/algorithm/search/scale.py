@@ -36,7 +36,8 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
 
     Candidates are mean|x| ** exponent, first every other exponent of a grid over (0, 1], then the neighbours of the
     best. The search runs in reduced precision; its winner is taken only if float32 finds it better than plain rounding
-    in sum, and no role worse by itself. `reduce` and `expand` map consumer to producer channels and back.
+    in sum, and no role worse by itself. `round_weight` answers in memory of its own; `reduce` and `expand` map consumer
+    to producer channels and back.
     """
     if not consumers:
         return None
@@ -52,7 +53,7 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
 
     def delta(consumer: Consumer, part: slice, scale: Tensor | None = None) -> Tensor:
         weight = consumer.weight[part]
-        return (round_weight(weight) if scale is None else round_weight(weight * scale) / scale) - weight
+        return (round_weight(weight) if scale is None else round_weight(weight * scale).div_(scale)).sub_(weight)
 
     def gain(consumer: Consumer, part: slice) -> Tensor:
         return row_gains(delta(consumer, part), delta(consumer, part, columns), consumer.stats.gram)

@@ -1,0 +1,35 @@
+"""float32 products by parts that tensor cores read whole."""
+
+import pytest
+import torch
+
+from awq.algorithm.inputs import precision
+from awq.algorithm.inputs.precision import fast_matmul, product
+
+
+def test_the_parts_add_up_and_the_first_is_exact_in_tf32() -> None:
+    values = torch.randn(1000) * torch.logspace(-30, 30, 1000)
+    high, low = precision._parts(values)
+    assert torch.equal(high + low, values)
+    assert not (high.view(torch.int32) & 0x1FFF).any()
+    assert (low.abs() <= 2.0**-10 * values.abs()).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 5), (17, 33, 4500)])
+def test_three_products_are_as_exact_as_float32(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whole float32 factors here: what is left out is the product of the two rests."""
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
+    monkeypatch.setattr(precision, "fast_matmul", lambda: fast_matmul(enabled=False))
+    exact = a.double() @ b.double()
+    bound = 2.0**-19 * (a.abs().double() @ b.abs().double())
+    for second in (b, b.t().contiguous().t()):
+        assert ((product(a, second) - exact).abs() <= bound).all()
+
+
+def test_what_is_asked_to_be_fast_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
+    a, b = torch.randn(8, 64), torch.randn(64, 8)
+    with fast_matmul():
+        assert torch.equal(product(a, b), a @ b)
