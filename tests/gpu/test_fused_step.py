@@ -353,8 +353,9 @@ def test_rows_beside_each_other_are_rows_alone(name: str, dtype: torch.dtype) ->
     for padding in ((0, 0, 0, 0, 0, 0, 0, 0), (0, 5), (3, 0, 9), (1, 7, 0, 2, 11, 3, 0, 5)):
         tokens = torch.randint(3, 1000, (len(padding), 40), device=GPU)
         found = decoded(model, step, tokens, plain_run, padding)
-        assert torch.equal(decoded(model, step, tokens, captured_run, padding), found)
-        for row, first in enumerate(padding):
+        captured = decoded(model, step, tokens, captured_run, padding)
+        for row, first in enumerate(padding):  # a row's padding has nothing to attend to: its logits mean nothing
+            assert torch.equal(captured[row, first:], found[row, first:])
             with torch.inference_mode():
                 true = model(input_ids=tokens[row : row + 1, first:]).logits[0].float()
             assert relative(found[row, first:], true) < limit
