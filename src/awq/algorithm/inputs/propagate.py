@@ -58,8 +58,8 @@ def recorded(
         runs.append({BLOCK: args[0].flatten(0, -2)} if BLOCK in names else {})
 
     def look(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x, seen = args[0].flatten(0, -2), runs[-1]
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x, seen = _as_read(module, args[0].flatten(0, -2)), runs[-1]
             if (weight := like.weight(name)) != 1:
                 x = x * weight**0.5
             seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
@@ -183,6 +183,12 @@ class Propagation:
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
         return len(x) in self.everything or self.like.routed(name)
+
+
+def _as_read(module: nn.Module, x: Tensor) -> Tensor:
+    """`x` in the dtype that `module` multiplies it in."""
+    halved = isinstance(module, nn.Linear) and torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if halved else x
 
 
 def _weight(module: nn.Module) -> Tensor:
