@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from awq.algorithm.inputs.precision import fast_matmul, product
+from awq.algorithm.inputs.precision import add_product, fast_matmul, half_forward, operand, product
+from awq.algorithm.inputs.systems import solve_factored
 
 pytestmark = pytest.mark.gpu
 
@@ -22,3 +23,37 @@ def test_three_products_are_as_exact_as_float32(shape: tuple[int, int, int]) -> 
     assert inner == 1 or error < 0.1 * coarse
     with fast_matmul(enabled=False):
         assert torch.equal(product(a, b), ours)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70, 5), (2048, 4096, 1000)])
+def test_fast_products_are_of_bf16_in_float32(shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner, device="cuda"), torch.randn(columns, inner, device="cuda").t()
+    wanted = a.bfloat16().double() @ b.bfloat16().double()
+    total = torch.ones(rows, columns, device="cuda")
+    with fast_matmul():
+        found, same = product(a, b), product(operand(a), operand(b))
+        add_product(total, a, b, 2)
+    assert found.dtype == torch.float32 and torch.equal(found, same)
+    assert (found - wanted).norm() < 1e-5 * wanted.norm() + 1e-6
+    assert (total - 2 * wanted - 1).norm() < 1e-5 * total.double().norm()
+
+
+@pytest.mark.parametrize("size", [5, 1024, 1025, 4096, 5000])
+def test_systems_are_as_exact_as_float32(size: int) -> None:
+    x = torch.randn(2 * size, size, device="cuda") * torch.logspace(0, 2, size, device="cuda")
+    gram = x.t() @ x + 100 * torch.eye(size, device="cuda")
+    lower, right = torch.linalg.cholesky(gram), torch.randn(200, size, device="cuda").t()
+    exact = torch.linalg.solve(lower.double() @ lower.double().t(), right.double())
+    ours, own = solve_factored(lower, right), torch.cholesky_solve(right, lower)
+    error, theirs = (float((one - exact).norm() / exact.norm()) for one in (ours, own))
+    assert error < max(4 * theirs, 1e-6)
+    assert torch.equal(solve_factored(lower, right), ours)
+
+
+def test_a_forward_is_halved_within_fast_products_only() -> None:
+    linear, x = torch.nn.Linear(64, 64, device="cuda"), torch.randn(4, 64, device="cuda")
+    with fast_matmul(), half_forward(x.device):
+        assert linear(x).dtype == torch.bfloat16
+    with fast_matmul(enabled=False), half_forward(x.device):
+        assert linear(x).dtype == torch.float32

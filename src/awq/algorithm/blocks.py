@@ -31,7 +31,7 @@ from awq.structure.blocks import PROBE_TOKENS, find_blocks
 from awq.structure.groups import ScaleGroup, Structure, find_structure
 from awq.structure.linears import linear_shape, shared_parameters
 from awq.structure.siblings import Siblings
-from awq.structure.stream import find_residuals
+from awq.structure.stream import BLOCK, find_residuals
 
 __all__ = ["QuantizedLinear", "quantize_blocks", "storage_dtype"]
 
@@ -259,7 +259,7 @@ def _look(
     with fast_matmul(enabled=False):
         structure = find_structure(block, run)
         residuals = find_residuals(block, run, probe.hidden) if propagated else {}
-    points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else ()
+    points = {names[0] for names in structure.input_sets}.union(residuals.values()) if propagated else set()
     like = Siblings(block)
 
     def share(name: str) -> str:
@@ -270,7 +270,7 @@ def _look(
         every_expert(block, chunks),
         counted(block) as counts,
         fast_matmul(),
-        recorded(block, points, activations=chunks[0].activations if chunks else None) as exact,
+        recorded(block, points - {BLOCK}, activations=chunks[0].activations if chunks else None) as exact,
         recorded_routing(block) as routing,
     ):
         stats = capture(block, index, chunks, structure.input_sets, share)

@@ -1,10 +1,13 @@
 """float32 products by parts that tensor cores read whole."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 
 from awq.algorithm.inputs import precision
-from awq.algorithm.inputs.precision import fast_matmul, product
+from awq.algorithm.inputs.precision import add_product, fair_matmul, fast_matmul, product
 
 
 def test_the_parts_add_up_and_the_first_is_exact_in_tf32() -> None:
@@ -21,15 +24,24 @@ def test_three_products_are_as_exact_as_float32(shape: tuple[int, int, int], mon
     rows, inner, columns = shape
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
-    monkeypatch.setattr(precision, "fast_matmul", lambda: fast_matmul(enabled=False))
     exact = a.double() @ b.double()
     bound = 2.0**-19 * (a.abs().double() @ b.abs().double())
     for second in (b, b.t().contiguous().t()):
         assert ((product(a, second) - exact).abs() <= bound).all()
 
 
-def test_what_is_asked_to_be_fast_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_asked_to_be_fair_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
     a, b = torch.randn(8, 64), torch.randn(64, 8)
-    with fast_matmul():
+    with fair_matmul():
         assert torch.equal(product(a, b), a @ b)
+
+
+@pytest.mark.parametrize("mode", [fast_matmul, fair_matmul, lambda: fast_matmul(enabled=False)])
+def test_products_are_added_in_place(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    total, a, b = torch.randn(20, 30), torch.randn(10, 12), torch.randn(12, 7)
+    wanted = total.clone()
+    wanted[5:15, 3:10] -= 2 * a @ b
+    with mode():
+        add_product(total[5:15, 3:10], a, b, -2)
+    assert (total - wanted).abs().max() < (1e-1 if mode is fast_matmul else 1e-5)

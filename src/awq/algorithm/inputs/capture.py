@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.inputs.activations import Activations, Kept, Parked
+from awq.algorithm.inputs.precision import half_forward
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import fold, mine, rounds
 from awq.errors import UnsupportedModelError
@@ -79,7 +80,10 @@ class Chunk:
     def run(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """What `block` makes of `hidden`, called as the model calls it."""
         call = self.calls[index]
-        return hidden if call is None else call.run(block, hidden)
+        if call is None:
+            return hidden
+        with half_forward(hidden.device):
+            return call.run(block, hidden).float()
 
 
 def enter_model(

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import product
+from awq.algorithm.inputs.precision import add_product, product
+from awq.algorithm.inputs.systems import solve_factored
 from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
@@ -69,17 +70,17 @@ class Moments:
 
         count: what the rows count together, where some are multiplied by the root of a weight
         """
-        self.gram.addmm_(x.t(), x)
+        add_product(self.gram, x.t(), x)
         self.tokens += x.shape[0] if count is None else count
         if drift is not None:
-            self.drift.addmm_(drift.t(), x)
+            add_product(self.drift, drift.t(), x)
         for name, g in lag.items():
-            self._sum(self.lag, name, g.t() @ x)
+            self._sum(self.lag, name, product(g.t(), x))
 
     def add_missed(self, weights: Mapping[str, Tensor], drift: Tensor | None, lag: Mapping[str, Tensor]) -> None:
         """What no weight could make good of these tokens is in `missed` too: it makes `loss` a distance."""
         for name, weight in weights.items():
-            parts = [] if drift is None else [drift @ weight.t()]
+            parts = [] if drift is None else [product(drift, weight.t())]
             parts += [RESIDUAL * lag[name]] if name in lag else []
             if parts:
                 self._sum(self.missed, name, sum(parts[1:], parts[0]).square().sum(0))
@@ -112,11 +113,12 @@ class Moments:
 
     def corrections(self, weights: Mapping[str, Tensor], ridges: Sequence[float]) -> Iterator[dict[str, Tensor]]:
         """`corrected` for one ridge after the other."""
+        wanted = {name: self.wanted(name, weight) for name, weight in weights.items()}
         for factor in by_turns([partial(self._factor, ridge) for ridge in ridges], self.gram):
             if factor[0, 0].isnan():
                 yield dict(weights)
             else:
-                yield {name: self._corrected(name, weight, factor) for name, weight in weights.items()}
+                yield {name: _corrected(weight, wanted[name], factor) for name, weight in weights.items()}
 
     def _factor(self, ridge: float) -> Tensor:
         """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
@@ -127,14 +129,6 @@ class Moments:
         factor: Tensor = lower.t().contiguous()  # as it lies in memory
         return factor.fill_(torch.nan) if failed else factor
 
-    def _corrected(self, name: str, weight: Tensor, factor: Tensor) -> Tensor:
-        wanted = self.wanted(name, weight)
-
-        def corrected(part: slice) -> Tensor:
-            return weight[part] + torch.cholesky_solve(wanted[part].t(), factor.t()).t()
-
-        return by_rows(weight, corrected, torch.empty_like(weight))
-
     def row_losses(self, name: str, weight: Tensor, wanted: Tensor, trial: Tensor) -> Tensor:
         """The squared distance of `trial`'s output to the target of `weight`, float32 [out]."""
 
@@ -144,3 +138,10 @@ class Moments:
 
         rows = by_rows(weight, losses, weight.new_empty(len(weight)))
         return rows + self.missed.get(name, 0)
+
+
+def _corrected(weight: Tensor, wanted: Tensor, factor: Tensor) -> Tensor:
+    def corrected(part: slice) -> Tensor:
+        return weight[part] + solve_factored(factor.t(), wanted[part].t()).t()
+
+    return by_rows(weight, corrected, torch.empty_like(weight))

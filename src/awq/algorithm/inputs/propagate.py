@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ def recorded(
         runs.append({BLOCK: args[0].flatten(0, -2)} if BLOCK in names else {})
 
     def look(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x, seen = args[0].flatten(0, -2), runs[-1]
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x, seen = _as_read(module, args[0].flatten(0, -2)), runs[-1]
             if (weight := like.weight(name)) != 1:
                 x = x * weight**0.5
             seen[name] = torch.cat([seen[name], x]) if name in seen and like.place(name) else seen.get(name, x)
@@ -80,7 +80,8 @@ class Propagation:
     """One block on its way.
 
     inputs:    the block's input of each chunk in the float model
-    exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold
+    exact:     by chunk, what `recorded` saw there of the linears' inputs and of the residual stream, before any fold;
+               what the block itself is given are `inputs`
     residuals: by linear that writes to the residual stream, the module that reads it just before
     routing:   by chunk, the experts of each token in the float model
     done:      the weights of the linears that are quantized, as the int4 alone has them
@@ -113,12 +114,13 @@ class Propagation:
         results = {held_out: [self._empty(scales) for scales in sets] for held_out in (False, True)}
         lane = [self._empty(scales) for scales in sets]
         weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
-        runs = zip(self.entering(), self.exact, self.routing, strict=True)
+        runs = zip(self.entering(), enumerate(self.exact), self.routing, strict=True)
         with fast_matmul(), replaced_weights(self.block, self.done):
             for together in rounds(runs, lambda run: run[0][0].number):
                 parts = in_turn(together, lambda run: run[0][0].held_out, results)
                 for (held_out, totals), part in zip(results.items(), parts, strict=True):
-                    for (chunk, before), exact, routing in part:
+                    for (chunk, before), recording, routing in part:
+                        exact = partial(self._exact, *recording)
                         with replayed_routing(self.block, routing):
                             seen = self._run(chunk, before, sets)
                         for moments, scales, own in zip(lane, sets, weights, strict=True):
@@ -155,24 +157,26 @@ class Propagation:
         self,
         moments: Moments,
         scales: Mapping[str, Tensor],
-        exact: Mapping[str, Tensor],
+        exact: Callable[[str], Tensor | None],
         seen: Seen,
         judged: Mapping[str, Tensor],
         tokens: int,
     ) -> None:
         """judged: the float weights of linears whose loss will be asked for; tokens: of the chunk"""
         first, scale = next(iter(scales.items()))
-        x, before = seen.get(first), exact.get(first)
+        x, before = seen.get(first), exact(first)
         if x is None:
             return
         drift, lag = None, {}
         if before is not None and before.shape == x.shape and self._same_tokens(first, x):
             drift = before / scale - x
-            lag = {
-                name: exact[point] - seen[point] for name in scales if (point := self.residuals.get(name)) is not None
-            }
+            points = {name: point for name in scales if (point := self.residuals.get(name)) is not None}
+            lag = {name: true - seen[at] for name, at in points.items() if (true := exact(at)) is not None}
         moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
         moments.add_missed(judged, drift, lag)
+
+    def _exact(self, index: int, recording: Mapping[str, Tensor], name: str) -> Tensor | None:
+        return self.inputs[index].flatten(0, -2) if name == BLOCK else recording.get(name)
 
     def _empty(self, scales: Mapping[str, Tensor]) -> Moments:
         scale = next(iter(scales.values()))
@@ -183,6 +187,12 @@ class Propagation:
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
         return len(x) in self.everything or self.like.routed(name)
+
+
+def _as_read(module: nn.Module, x: Tensor) -> Tensor:
+    """`x` in the dtype that `module` multiplies it in."""
+    halved = isinstance(module, nn.Linear) and torch.is_autocast_enabled(x.device.type)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if halved else x
 
 
 def _weight(module: nn.Module) -> Tensor:

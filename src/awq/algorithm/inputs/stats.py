@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from awq.algorithm.inputs.precision import add_product
 from awq.algorithm.ranks import here
 
 
@@ -29,8 +30,8 @@ class InputStats:
 
     def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        self.gram.addmm_(x.t(), x, alpha=weight)
-        self.mean_abs += x.abs().sum(0) * weight
+        add_product(self.gram, x.t(), x, weight)
+        self.mean_abs += x.abs().sum(0, dtype=torch.float32) * weight
         self.tokens += x.shape[0] * weight
 
     def tensors(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
 from awq.algorithm.ranks import by_rows, row_sums
 from awq.algorithm.search.affine import Affine, ranges, span
 from awq.algorithm.search.loss import group_errors, row_gains
@@ -33,7 +33,7 @@ def search_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int, zero_p
         before, after = (grid.rows(part).round(weight[part]).sub_(weight[part]) for grid in (full, clipped))
         return row_gains(before, after, gram)
 
-    with fast_matmul(enabled=False):
+    with fair_matmul():
         gain = row_sums([weight], gains)
     return clipped if gain > 0 else full
 

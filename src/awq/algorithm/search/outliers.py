@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import product
+from awq.algorithm.inputs.precision import fair_matmul, product
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.solution import Solution
 from awq.config import MAX_OUTLIER_RATIO
@@ -110,7 +110,8 @@ class Budget:
 
 
 def _missing(delta: Tensor, gram: Tensor) -> Tensor:
-    return by_rows(delta, lambda part: -product(delta[part], gram), torch.empty_like(delta))
+    with fair_matmul():
+        return by_rows(delta, lambda part: -product(delta[part], gram), torch.empty_like(delta))
 
 
 def choose_by_gain(missing: Sequence[Tensor], gram: Tensor, count: int) -> Tensor:

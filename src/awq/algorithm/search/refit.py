@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.affine import Affine
 from awq.algorithm.search.loss import row_gains
@@ -32,7 +32,7 @@ def _refitted(weight: Tensor, codes: Tensor, grid: Affine, gram: Tensor) -> Tens
     steps = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes)  # code - zero
     with fast_matmul():
         scales = _solve(steps, weight, gram, groups).to(torch.float16).float()
-    with fast_matmul(enabled=False):
+    with fair_matmul():
         refitted = replace(grid, scales=scales)
         better = row_gains(grid.decode(codes).sub_(weight), refitted.decode(codes).sub_(weight), gram) > 0
     keep = better & (scales > 0).all(1)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fast_matmul, product
+from awq.algorithm.inputs.precision import add_product, fair_matmul
 from awq.algorithm.ranks import share, slabs, taken
 from awq.algorithm.search.affine import Affine
 
@@ -87,15 +87,25 @@ def _round(
     rest, scales, zeros = (
         values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
     )
-    codes, pivots = torch.empty_like(rest, dtype=torch.uint8), factor.diagonal().unsqueeze(1)
-    with fast_matmul(enabled=False):
-        for start in range(0, len(order), columns.columns):
-            part, later = slice(start, start + columns.columns), slice(start + columns.columns, None)
+    codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
+
+    def work(start: int, stop: int) -> None:
+        """Round some columns: the first half, which tells the second half in one product, then that."""
+        if stop - start > columns.columns:
+            middle = start + columns.columns * (-(-(stop - start) // columns.columns) // 2)
+            work(start, middle)
+            told = factor[start:middle, middle:stop].t()
+            for slab, some in zip(rest[middle:stop].split(sizes, 1), errors[start:middle].split(sizes, 1), strict=True):
+                add_product(slab, told, some, -1)  # as long a row for any number of ranks
+            work(middle, stop)
+        else:
+            part = slice(start, stop)
             mine = rest[part], factor[part, part], scales[part], zeros[part]
-            codes[part], errors = columns.round(*mine, 2**grid.bits - 1)
-            for slab, some in zip(rest[later].split(sizes, 1), errors.split(sizes, 1), strict=True):
-                slab -= product(factor[part, later].t(), some.contiguous())  # as long a row for any number of ranks
-            rest[part] = errors * pivots[part] / scales[part] + codes[part]
+            codes[part], errors[part] = columns.round(*mine, 2**grid.bits - 1)
+
+    with fair_matmul():
+        work(0, len(order))
+    rest = errors.mul_(factor.diagonal().unsqueeze(1)).div_(scales).add_(codes)
     back = order.argsort()
     return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
 

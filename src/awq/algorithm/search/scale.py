@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import row_sums
 from awq.algorithm.search.loss import row_errors, row_gains
@@ -68,7 +68,7 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
         losses |= {step: loss(step) for step in (nearest - 1, nearest + 1) if step <= GRID}
     best = candidate(min(losses, key=losses.__getitem__))
     columns = expand(best)
-    with fast_matmul(enabled=False):
+    with fair_matmul():
         gains = _by_role(consumers, gain)
     return best if bool((gains >= 0).all()) and bool(gains.sum() > 0) else None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.inputs.moments import Moments
-from awq.algorithm.inputs.precision import fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.search.affine import Affine, fit_affine
 from awq.algorithm.search.loss import output_error
@@ -103,11 +103,11 @@ class Judge:
 
     def __init__(self, name: str, linear: Linear, held_out: Moments) -> None:
         self.name, self.linear, self.moments = name, linear, held_out
-        with fast_matmul(enabled=False):
+        with fair_matmul():
             self.wanted = held_out.wanted(name, linear.weight)
 
     def __call__(self, weight: Tensor) -> float:
-        with fast_matmul(enabled=False):
+        with fair_matmul():
             return self._loss(self.moments.row_losses(self.name, self.linear.weight, self.wanted, weight))
 
     @property
