@@ -21,9 +21,11 @@
 #define GROUP 128
 #endif
 
-constexpr int WARPS = 8, ROWS = 16 * WARPS, MOST_SHRINKS = 32, STEPS = GROUP / 16, BLOCKS = STEPS * (STEPS + 1) / 2;
+constexpr int THREADS = 256, WARPS = THREADS / 32, ROWS = 16 * WARPS, MOST_SHRINKS = 32, STEPS = GROUP / 16;
+constexpr int BLOCKS = STEPS * (STEPS + 1) / 2;
 constexpr int BLOCKS_A_SM = __CUDA_ARCH__ >= 800 ? 2 : 1;  // by registers; the products of sm_75 are in more steps
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: added to |x| < 2^22, it leaves the nearest whole number
+extern "C" __device__ const int threads = THREADS;
 extern "C" __device__ const int rows_a_block = ROWS;
 extern "C" __device__ const int most_shrinks = MOST_SHRINKS;
 
@@ -64,7 +66,7 @@ DEVICE float normalizer(const float* block, u64 stride, int lane) {
   return __uint_as_float((u32)(exponent < 254 ? exponent : 254) << 23);
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS_A_SM) best_shrinks(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_SM) best_shrinks(const __grid_constant__ Params p) {
   __shared__ __align__(16) uint4 right[BLOCKS][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int group = blockIdx.x % p.groups, row = blockIdx.x / p.groups * ROWS + 16 * warp + r;
