@@ -63,7 +63,7 @@ DEVICE float normalizer(const float* block, u64 stride, int lane) {
   for (int i = lane; i < GROUP; i += 32) most = fmaxf(most, block[i * (stride + 1)]);
   for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, o));
   const int exponent = 267 - (int)(__float_as_uint(most) >> 23);
-  return __uint_as_float((u32)(exponent < 254 ? exponent : 254) << 23);
+  return __uint_as_float((u32)(exponent < 253 ? exponent : 253) << 23);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_SM) best_shrinks(const __grid_constant__ Params p) {
