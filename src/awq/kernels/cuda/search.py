@@ -26,7 +26,6 @@ _SHRINKS_PARAMS = struct.Struct(f"<5Q5i{MOST_SHRINKS}f4x")
 # struct Params of deltas.cu: weight or product, scale, steps, zeros, delta, sums; fours in all and a row, and lanes a
 # group; bits, zero_point, bf16.
 _DELTAS_PARAMS = struct.Struct("<6Q3I3i")
-_NEWER = (8, 0)  # have bfloat16
 
 
 def best_shrinks(
@@ -53,8 +52,7 @@ def rounded_delta(
 
     weight: float32 [rows, in], scale: float32 [in] or None, on one GPU; `fast` makes it bfloat16 where the GPU has that
     """
-    bf16 = fast and torch.cuda.get_device_capability(weight.device) >= _NEWER
-    delta = torch.empty_like(weight, dtype=torch.bfloat16 if bf16 else torch.float32)
+    delta = torch.empty_like(weight, dtype=_fast_dtype(weight.get_device()) if fast else torch.float32)
     return _delta((weight, scale, None, None), delta, group_size, bits, zero_point)
 
 
@@ -92,6 +90,11 @@ def _delta(parts: Sequence[Tensor | None], delta: Tensor, group_size: int, bits:
     kernel = _DELTAS, "rounded_delta", None
     _launch(kernel, delta.get_device(), -(-fours[0] // THREADS), _DELTAS_PARAMS, values)
     return delta
+
+
+@lru_cache
+def _fast_dtype(device: int) -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
 
 
 def _aligned(tensor: Tensor) -> Tensor:
