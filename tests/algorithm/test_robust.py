@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.search.folded import Folded
+from awq.algorithm.folded import Folded
 from awq.algorithm.search.solve import Linear
 from awq.config import QuantConfig
 from awq.structure.blocks import find_blocks

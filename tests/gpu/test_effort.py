@@ -8,7 +8,7 @@ import torch
 from awq.algorithm import learn as learn_module
 from awq.algorithm.blocks import quantize_blocks
 from awq.config import EFFORTS, QuantConfig
-from awq.pipeline.effort import column_loop
+from awq.pipeline.effort import inner_loops
 from tests.tiny import random_tokens, tiny_llama
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +19,7 @@ TEXT = random_tokens(140, 48)
 def quantized(effort: str) -> tuple[Any, dict[str, Any]]:
     model, results = tiny_llama(), {}
     config = QuantConfig(group_size=32, outlier_ratio=0.03, effort=effort)
-    for _, linears in quantize_blocks(model, TEXT, config, lambda _name: True, GPU, column_loop(GPU)):
+    for _, linears in quantize_blocks(model, TEXT, config, lambda _name: True, GPU, inner_loops(GPU, config)):
         results.update(linears)
     return model, results
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.deal import Measured, solve_dealt
+from awq.algorithm.folded import Folded, is_alone, scale_group
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.inputs.activations import Activations, ParkedList
 from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, lifted
@@ -21,9 +22,8 @@ from awq.algorithm.learn import learn
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
-from awq.algorithm.search.folded import Folded, is_alone, scale_group
+from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.outliers import Budget, keep_plainly
-from awq.algorithm.search.rounding import PLAIN_LOOP, ColumnLoop
 from awq.algorithm.search.solution import Linear, Linears, Solution, column_scales
 from awq.algorithm.search.solve import solve, solve_propagated
 from awq.config import QuantConfig
@@ -44,16 +44,16 @@ def quantize_blocks(
     config: QuantConfig,
     wanted: Callable[[str], bool],
     device: torch.device,
-    columns: ColumnLoop = PLAIN_LOOP,
+    loops: Loops = PLAIN_LOOPS,
 ) -> Iterator[tuple[str, Results]]:
     """Quantize block after block; yields the block's name and its results by full linear name.
 
     tokens: int64 [sequences, seq_len]. Norms and biases are changed in place as scales are folded; the linears keep
     their (scaled) float weights, for the caller to replace. `wanted(name)` says which linears to quantize; the others
-    are scaled with their group and stay float. What the model uses in two places is left alone. `columns` is the inner
-    loop of compensated rounding.
+    are scaled with their group and stay float. What the model uses in two places is left alone. `loops` are
+    the inner loops of the search.
     """
-    loop = BlockLoop(model, tokens, config, wanted, device, columns)
+    loop = BlockLoop(model, tokens, config, wanted, device, loops)
     for index in range(len(loop.blocks)):
         with loop.solved(index) as results:
             yield loop.name(index), results
@@ -73,12 +73,12 @@ class BlockLoop:
         config: QuantConfig,
         wanted: Callable[[str], bool],
         device: torch.device,
-        columns: ColumnLoop = PLAIN_LOOP,
+        loops: Loops = PLAIN_LOOPS,
         weights: Weights = IN_MEMORY,
         activations: Activations | None = None,
         stage: Callable[[str], AbstractContextManager[None]] = lambda _stage: nullcontext(),
     ) -> None:
-        self.config, self.wanted, self.device, self.columns = config, wanted, device, columns
+        self.config, self.wanted, self.device, self.loops = config, wanted, device, loops
         self.weights, self.stage = weights, stage
         self.prefix, self.blocks = find_blocks(model)
         self.shared = shared_parameters(model)
@@ -141,16 +141,16 @@ class BlockLoop:
         linears = self._linears(block, index, stats)
         count_tokens(linears, like, counts)
         groups = [group for group in structure.groups if config.scale and is_alone(block, group, self.shared)]
-        made = (scale_group(block, group, linears, like, config, stored_in) for group in groups)
+        made = (scale_group(block, group, linears, like, config, stored_in, self.loops) for group in groups)
         folds = [folded for folded in made if folded]
         sets = input_sets(structure, linears)
         if not self._propagates(index):
-            return _plainly(sets, config)
+            return _plainly(sets, config, self.loops)
         with every_expert(block, self.chunks):
-            solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
+            solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
             while _undone(folds, solutions, block, linears):
                 streams.done.clear()
-                solutions = _propagate(streams, find_passes(sets, like), config, self.columns)
+                solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
         if config.effort == "max":
             solutions = _learn(streams, solutions, groups, stored_in)
         streams.advance()
@@ -166,9 +166,9 @@ class BlockLoop:
         }
 
 
-def _plainly(sets: list[Linears], config: QuantConfig) -> Results:
+def _plainly(sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
     results: Results = {}
-    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config)):
+    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config, loops)):
         results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
     return results
 
@@ -180,14 +180,12 @@ def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget) ->
     return results
 
 
-def _propagate(
-    streams: Propagation, passes: list[list[Linears]], config: QuantConfig, columns: ColumnLoop
-) -> list[Solution]:
+def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, loops: Loops) -> list[Solution]:
     """Pass after pass in the order of the data, each behind the linears that are quantized."""
 
     def solve_one(part: Linears, measured: Measured) -> Solution:
         assert measured is not None
-        return solve_propagated(part, *measured, config, columns)
+        return solve_propagated(part, *measured, config, loops)
 
     solutions: list[Solution] = []
     for together in passes:

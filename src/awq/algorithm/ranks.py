@@ -137,8 +137,9 @@ def row_sums(weights: Sequence[Tensor], work: Callable[[int, slice], Tensor]) ->
     bounds = [0, *accumulate(sizes)]
     flat = [slice(*pair) for pair in pairwise(bounds)]
     out = weights[0].new_empty(bounds[-1])
+    own = {part.start for part in taken(flat)}
     for unit, part in zip(units, flat, strict=True):
-        if part in taken(flat):
+        if part.start in own:
             out[part] = work(*unit)
     rows = share(flat, out).split([len(weight) for weight in weights])
     return torch.stack([some.sum() for some in rows])

@@ -22,7 +22,7 @@ from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
 from awq.config import QuantConfig
 from awq.errors import AwqError
-from awq.pipeline.effort import column_loop, warn_if_slow
+from awq.pipeline.effort import inner_loops, warn_if_slow
 from awq.pipeline.elsewhere import Elsewhere, open_run
 from awq.pipeline.memory import Limits, Place, plan_activations
 from awq.pipeline.run import Run, Solved, Target, in_background
@@ -119,7 +119,7 @@ def _solve(
         config,
         wanted.__contains__,
         job.device,
-        column_loop(job.device),
+        inner_loops(job.device, config),
         weights=job.weights,
         activations=activations,
         stage=stages,

@@ -26,7 +26,7 @@ from awq.config import QuantConfig
 from awq.data.calibration import CalibrationSet, load_calibration
 from awq.errors import CalibrationError, ConfigError
 from awq.linear import QuantLinear
-from awq.pipeline.effort import column_loop, warn_if_slow
+from awq.pipeline.effort import inner_loops, warn_if_slow
 from awq.pipeline.job import open_job, run_job, warn_fallbacks
 from awq.pipeline.memory import Limits
 from awq.pipeline.run import Target
@@ -84,9 +84,10 @@ def quantize_model(
     blocks = len(model.get_submodule(planned.blocks))  # type: ignore[arg-type]
     place = pick_device(device)
     warn_if_slow(model, wanted, planned.config, place)
+    loops = inner_loops(place, planned.config)
     recipe = {"config": _config_dict(planned.config), "calibration": _calibration_dict(calibration)}
     agree("the recipe", recipe)
-    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, column_loop(place))
+    solve = quantize_blocks(model, calibration.tokens, planned.config, wanted.__contains__, place, loops)
     shown = progress and here().rank == 0
     with track("Quantizing", blocks, enabled=shown) as bar, undispatched(model, planned.blocks):
         for block, results in solve:

@@ -8,6 +8,7 @@ from awq.algorithm import passes as passes_module
 from awq.algorithm.blocks import quantize_blocks
 from awq.algorithm.inputs.propagate import enter_both, recorded
 from awq.algorithm.search import solve as solve_module
+from awq.algorithm.search.loops import Loops
 from awq.algorithm.search.rounding import ColumnLoop, Rounded, round_columns
 from awq.config import QuantConfig
 from awq.structure.blocks import find_blocks
@@ -135,7 +136,8 @@ def test_the_column_loop_is_passed_down() -> None:
         return round_columns(weight, *rest)
 
     config = QuantConfig(group_size=32, effort="balanced", outlier_ratio=0)
-    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, ColumnLoop(spy, 32)):
+    loops = Loops(columns=ColumnLoop(spy, 32))
+    for _ in quantize_blocks(tiny_llama(), TEXT, config, lambda _name: True, CPU, loops):
         pass
     assert sum(calls) == 2 * (64 + 64 + 64 + 128)
 

@@ -13,7 +13,7 @@ import pytest
 
 from awq import jit
 from awq.capability import OWN_KERNELS, parse_capability
-from awq.kernels.cuda import columns, designs, gemv, step
+from awq.kernels.cuda import columns, designs, gemv, search, step
 from awq.kernels.cuda.layout import SOURCES
 
 # "sm_90a" for "sm_90": kernels are compiled for the exact GPU.
@@ -23,7 +23,8 @@ MOST_SPILLED = 64
 
 
 def variants(arch: str) -> list[tuple[Path, str, str, dict[str, int]]]:
-    return [*gemv.variants(arch), *designs.variants(arch), *columns.variants(arch), *step.variants(arch)]
+    rooms = gemv, designs, columns, search, step
+    return [variant for room in rooms for variant in room.variants(arch)]
 
 
 def described(arch: str, source: Path, defines: dict[str, int]) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul, operand, product
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import row_sums
-from awq.algorithm.search.loss import row_errors, row_gains
+from awq.algorithm.search.loss import row_gains
 
 GRID = 20
-Round = Callable[[Tensor], Tensor]
+Channels = Callable[[Tensor], Tensor]
+Delta = Callable[[Tensor, Tensor | None, bool], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,19 @@ class Consumer:
     role: str
 
 
-def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Round, expand: Round) -> Tensor | None:
+def search_scale(
+    consumers: Sequence[Consumer],
+    delta: Delta,
+    row_dots: Callable[[Tensor, Tensor], Tensor],
+    reduce: Channels,
+    expand: Channels,
+) -> Tensor | None:
     """The scale [producer channels] under which rounding costs the least output error; None for no scale.
 
     Candidates are mean|x| ** exponent, first every other exponent of a grid over (0, 1], then the neighbours of the
     best. The search runs in reduced precision; its winner is taken only if float32 finds it better than plain rounding
-    in sum, and no role worse by itself. `round_weight` answers in memory of its own; `reduce` and `expand` map consumer
-    to producer channels and back.
+    in sum, and no role worse by itself. `delta` (weight, scale, fast) is what rounding changes, `row_dots` its product
+    with another matrix by row (see `Loops`); `reduce` and `expand` map consumer to producer channels and back.
     """
     if not consumers:
         return None
@@ -51,21 +58,27 @@ def search_scale(consumers: Sequence[Consumer], round_weight: Round, reduce: Rou
     def candidate(step: int) -> Tensor:
         return _normalized(magnitude ** (step / GRID))
 
-    def delta(consumer: Consumer, part: slice, scale: Tensor | None = None) -> Tensor:
-        weight = consumer.weight[part]
-        return (round_weight(weight) if scale is None else round_weight(weight * scale).div_(scale)).sub_(weight)
+    def loss(step: int) -> Tensor:
+        scale = expand(candidate(step))
+
+        def errors(consumer: Consumer, part: slice) -> Tensor:
+            change = delta(consumer.weight[part], scale, True)
+            return row_dots(product(change, grams[id(consumer.stats)]), change)
+
+        return _by_role(consumers, errors).sum()
+
+    def losses_at(steps: Sequence[int]) -> dict[int, float]:
+        return dict(zip(steps, torch.stack([loss(step) for step in steps]).tolist(), strict=True))
 
     def gain(consumer: Consumer, part: slice) -> Tensor:
-        return row_gains(delta(consumer, part), delta(consumer, part, columns), consumer.stats.gram)
-
-    def loss(step: int) -> float:
-        scale = expand(candidate(step))
-        return float(_by_role(consumers, lambda one, part: row_errors(delta(one, part, scale), one.stats.gram)).sum())
+        weight = consumer.weight[part]
+        return row_gains(delta(weight, None, False), delta(weight, columns, False), consumer.stats.gram)
 
     with fast_matmul():
-        losses = {step: loss(step) for step in range(2, GRID + 1, 2)}
+        grams = {key: operand(stats.gram) for key, stats in {id(one.stats): one.stats for one in consumers}.items()}
+        losses = losses_at(range(2, GRID + 1, 2))
         nearest = min(losses, key=losses.__getitem__)
-        losses |= {step: loss(step) for step in (nearest - 1, nearest + 1) if step <= GRID}
+        losses |= losses_at([step for step in (nearest - 1, nearest + 1) if step <= GRID])
     best = candidate(min(losses, key=losses.__getitem__))
     columns = expand(best)
     with fair_matmul():

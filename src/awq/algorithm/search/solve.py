@@ -11,6 +11,7 @@ from awq.algorithm.inputs.moments import RIDGES, Moments
 from awq.algorithm.inputs.precision import fast_matmul
 from awq.algorithm.search.affine import Affine
 from awq.algorithm.search.clip import search_clip
+from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.refit import refit_scales
 from awq.algorithm.search.rounding import ColumnLoop, Rounded, round_compensated
 from awq.algorithm.search.solution import Coded, Judge, Linear, Linears, Losses, Solution, full_range
@@ -19,37 +20,30 @@ from awq.config import QuantConfig
 Judges = dict[str, Judge]
 
 
-def plain(weight: Tensor, config: QuantConfig) -> Tensor:
-    """`weight` after plain rounding."""
-    return full_range(weight, config).round(weight)
-
-
-def solve(linears: Linears, config: QuantConfig) -> Solution:
+def solve(linears: Linears, config: QuantConfig, loops: Loops = PLAIN_LOOPS) -> Solution:
     """effort="fast": plain rounding on clipped ranges, by the input in the float model."""
-    return Solution(linears, {name: _round_plainly(linear, config) for name, linear in linears.items()})
+    return Solution(linears, {name: _round_plainly(linear, config, loops) for name, linear in linears.items()})
 
 
 def solve_propagated(
-    linears: Linears, fit: Moments, held_out: Moments, config: QuantConfig, columns: ColumnLoop
+    linears: Linears, fit: Moments, held_out: Moments, config: QuantConfig, loops: Loops = PLAIN_LOOPS
 ) -> Solution:
     """Compensated rounding of the corrected weight, by the input behind quantized linears.
 
     Where the weight as it was, or plain rounding, do better on held-out text, that is taken.
     """
     if not (fit.usable and held_out.usable and all(linear.usable for linear in linears.values())):
-        return solve(linears, config)
+        return solve(linears, config, loops)
     judges = {name: Judge(name, linear, held_out) for name, linear in linears.items()}
-    coded, losses = _compensate(judges, fit, config, columns)
+    coded, losses = _compensate(judges, fit, config, loops)
     return Solution.measured(linears, coded, fit, held_out, losses)
 
 
-def _compensate(
-    judges: Judges, fit: Moments, config: QuantConfig, columns: ColumnLoop
-) -> tuple[dict[str, Coded], Losses]:
+def _compensate(judges: Judges, fit: Moments, config: QuantConfig, loops: Loops) -> tuple[dict[str, Coded], Losses]:
     """The best that held-out text finds among compensated, clipped and plain rounding, by linear."""
     targets = _targets(judges, fit)
-    grids = {name: _clipped(target, fit.gram, config) for name, target in targets.items()}
-    compensated = _rounded(targets, grids, fit.gram, columns)
+    grids = {name: _clipped(target, fit.gram, config, loops) for name, target in targets.items()}
+    compensated = _rounded(targets, grids, fit.gram, loops.columns)
     coded: dict[str, Coded] = {}
     losses: Losses = {}
     learned = config.effort == "max"
@@ -112,10 +106,10 @@ def _rounded(
     return {name: Rounded(*part) for name, part in zip(targets, parts, strict=True)}
 
 
-def _round_plainly(linear: Linear, config: QuantConfig) -> Coded:
+def _round_plainly(linear: Linear, config: QuantConfig, loops: Loops) -> Coded:
     if not linear.usable:
         return Coded.plainly(linear.weight, full_range(linear.weight, config))
-    coded = Coded.plainly(linear.weight, _clipped(linear.weight, linear.stats.gram, config))
+    coded = Coded.plainly(linear.weight, _clipped(linear.weight, linear.stats.gram, config, loops))
     return _refitted(coded, linear.stats.gram) if config.refit else coded
 
 
@@ -123,7 +117,7 @@ def _refitted(coded: Coded, gram: Tensor) -> Coded:
     return replace(coded, grid=refit_scales(coded.target, coded.codes, coded.grid, gram))
 
 
-def _clipped(weight: Tensor, gram: Tensor, config: QuantConfig) -> Affine:
+def _clipped(weight: Tensor, gram: Tensor, config: QuantConfig, loops: Loops) -> Affine:
     if not config.clip:
         return full_range(weight, config)
-    return search_clip(weight, gram, config.group_size or -1, config.bits, config.zero_point)
+    return search_clip(weight, gram, config.group_size or -1, config.bits, config.zero_point, loops)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.inputs.stats import InputStats
+from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.scale import Consumer, search_scale
 from awq.algorithm.search.solution import Linears
-from awq.algorithm.search.solve import plain
 from awq.config import QuantConfig
 from awq.structure.groups import ScaleGroup, fold
 from awq.structure.siblings import Siblings
@@ -87,6 +87,7 @@ def scale_group(
     like: Siblings,
     config: QuantConfig,
     stored_in: torch.dtype,
+    loops: Loops = PLAIN_LOOPS,
 ) -> Folded | None:
     """The group with the best scale folded in, if any is better than none. stored_in: the dtype of norms"""
     reached = [name for name in group.consumers if name in linears and linears[name].stats.tokens]
@@ -96,5 +97,9 @@ def scale_group(
         Consumer(linear.weight, linear.stats, max(linear.tokens, 1), like.role(name))
         for name, linear in ((name, linears[name]) for name in reached)
     ]
-    scale = search_scale(consumers, lambda w: plain(w, config), group.reduce, group.expand)
+
+    def delta(weight: Tensor, scale: Tensor | None, fast: bool) -> Tensor:
+        return loops.rounded_delta(weight, scale, config.group_size or -1, config.bits, config.zero_point, fast)
+
+    scale = search_scale(consumers, delta, loops.row_dots, group.reduce, group.expand)
     return None if scale is None else Folded.into(block, group, scale, linears, stored_in)
