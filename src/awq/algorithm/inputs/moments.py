@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from awq.algorithm.inputs.precision import add_product, product
-from awq.algorithm.inputs.systems import solve_factored
+from awq.algorithm.inputs.systems import Factored
 from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
@@ -118,7 +118,8 @@ class Moments:
             if factor[0, 0].isnan():
                 yield dict(weights)
             else:
-                yield {name: _corrected(weight, wanted[name], factor) for name, weight in weights.items()}
+                factored = Factored(factor.t())
+                yield {name: _corrected(weight, wanted[name], factored) for name, weight in weights.items()}
 
     def _factor(self, ridge: float) -> Tensor:
         """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
@@ -140,8 +141,8 @@ class Moments:
         return rows + self.missed.get(name, 0)
 
 
-def _corrected(weight: Tensor, wanted: Tensor, factor: Tensor) -> Tensor:
+def _corrected(weight: Tensor, wanted: Tensor, factored: Factored) -> Tensor:
     def corrected(part: slice) -> Tensor:
-        return weight[part] + solve_factored(factor.t(), wanted[part].t()).t()
+        return weight[part] + factored.solve(wanted[part].t()).t()
 
     return by_rows(weight, corrected, torch.empty_like(weight))

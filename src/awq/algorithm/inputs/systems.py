@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product
+from awq.algorithm.inputs.precision import add_product, product
 
 _BLOCK = 1024
 
 
-def solve_factored(lower: Tensor, right: Tensor) -> Tensor:
-    """(lower lower^T)^-1 right, float32 [n, k].
+class Factored:
+    """A symmetric positive definite matrix by its lower Cholesky factor, float32 [n, n].
 
-    On a GPU the most of it are products: cuBLAS solves triangles at a tenth of the speed of its products.
+    On a GPU a solution is all products: cuBLAS solves triangles at a tenth of their speed. What of the factor lies on
+    the diagonal, in blocks of 1024, is inverted once.
     """
-    if right.device.type != "cuda":
-        return torch.cholesky_solve(right, lower)
-    x = right.clone(memory_format=torch.contiguous_format)
-    _solve(lower, x, slice(0, len(x)), upper=False)
-    _solve(lower.t(), x, slice(0, len(x)), upper=True)
-    return x
+
+    def __init__(self, lower: Tensor) -> None:
+        self.lower = lower
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The inverse times `right`, float32 [n, k]."""
+        return self._by_blocks(right) if right.device.type == "cuda" else torch.cholesky_solve(right, self.lower)
+
+    def _by_blocks(self, right: Tensor) -> Tensor:
+        x = right.clone(memory_format=torch.contiguous_format)
+        for upper in (False, True):
+            self._solve(x, 0, len(self._inverses), upper)
+        return x
+
+    def _solve(self, x: Tensor, start: int, stop: int, upper: bool) -> None:
+        """Put the solution of the blocks from `start` to `stop` in the place of the right-hand side `x`."""
+        if stop - start == 1:
+            inverse, part = self._inverses[start], _part(start, stop)
+            x[part] = product(inverse.t() if upper else inverse, x[part])
+            return
+        middle = (start + stop) // 2
+        halves = (start, middle), (middle, stop)
+        first, last = reversed(halves) if upper else halves
+        self._solve(x, *first, upper)
+        triangle = self.lower.t() if upper else self.lower
+        add_product(x[_part(*last)], triangle[_part(*last), _part(*first)], x[_part(*first)], -1)
+        self._solve(x, *last, upper)
+
+    @cached_property
+    def _inverses(self) -> list[Tensor]:
+        """Of the blocks on the diagonal."""
+        blocks = (self.lower[part, part] for part in map(_part, range(-(-len(self.lower) // _BLOCK))))
+        return [torch.linalg.solve_triangular(block, _identity(block), upper=False) for block in blocks]
 
 
-def _solve(triangle: Tensor, x: Tensor, part: slice, upper: bool) -> None:
-    """Put the solution in the place of the right-hand side `x`, `part` of it."""
-    size = part.stop - part.start
-    if size <= _BLOCK:
-        x[part] = torch.linalg.solve_triangular(triangle[part, part], x[part], upper=upper)
-        return
-    middle = part.start + _BLOCK * (-(-size // _BLOCK) // 2)
-    first, last = slice(part.start, middle), slice(middle, part.stop)
-    if upper:
-        first, last = last, first
-    _solve(triangle, x, first, upper)
-    add_product(x[last], triangle[last, first], x[first], -1)
-    _solve(triangle, x, last, upper)
+def _part(start: int, stop: int | None = None) -> slice:
+    return slice(_BLOCK * start, _BLOCK * (start + 1 if stop is None else stop))
+
+
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)

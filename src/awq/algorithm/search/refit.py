@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fair_matmul, fast_matmul
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul, operand, product
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.affine import Affine
 from awq.algorithm.search.loss import row_gains
@@ -44,10 +44,11 @@ def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
     out, size = steps.shape[0], steps.shape[1] // groups
     grouped = steps.view(out, groups, size)
     normal = steps.new_empty(out, groups, groups)
-    for g in range(groups):
-        projected = grouped[:, g] @ gram[g * size : (g + 1) * size]
-        normal[:, g] = (projected.view(out, groups, size) * grouped).sum(-1)
-    right = ((weight @ gram).view(out, groups, size) * grouped).sum(-1)
+    halved = operand(gram)
+    for g in range(groups):  # the matrix is symmetric
+        projected = product(grouped[:, g], halved[g * size : (g + 1) * size, g * size :])
+        normal[:, g, g:] = normal[:, g:, g] = projected.view(out, -1, size).mul_(grouped[:, g:]).sum(-1)
+    right = product(weight, halved).view(out, groups, size).mul_(grouped).sum(-1)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
     solution: Tensor = torch.linalg.solve_ex(normal, right)[0]
