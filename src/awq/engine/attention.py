@@ -1,8 +1,8 @@
 """Attention by torch's kernels: of one token over a cache, and of the tokens of a prompt.
 
-The query heads of a key head are taken as rows of one product. transformers repeats the keys and values for every query
-head where there is a mask, and torch's CPU kernel is slow for grouped heads (156 us against 28 for 9 over 3 heads and 200
-tokens, one core). As rows, they read each key once.
+The query heads of a key head are taken as rows of one product. transformers repeats the keys and values for every
+query head where there is a mask, and torch's CPU kernel is slow for grouped heads (156 us against 28 for 9 over 3 heads
+and 200 tokens, one core). As rows, they read each key once.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Ropes:
 
 
 class WideStep:
-    """A `Step` of any number of rows, and of prompts. It keeps linears of the model, and copies of its rotary modules."""
+    """A `PromptStep` of any number of rows. It keeps linears of the model, and copies of its rotary modules."""
 
     tier, max_batch = 2, None
     how = "fused step of many rows"
@@ -68,11 +68,11 @@ class WideStep:
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """[batch, vocabulary]; see `Step`. The first call for a capacity must not be captured."""
-        device = self._plan.embedding.device
-        with torch.cuda.device(device):
+        table = self._plan.embedding
+        with torch.cuda.device(table.get_device()):
             heads, current = self._heads(cache), torch.cuda.current_stream().cuda_stream
             if self._shares is None:
-                self._shares = shares_of(heads, gpu(device.index or 0).multiprocessors, device)
+                self._shares = shares_of(heads, gpu(table.get_device()).multiprocessors, table.device)
 
             def attend(index: int, qkv: Tensor) -> Tensor:
                 y = qkv.new_empty(len(qkv), heads[index].heads * heads[index].head_dim)
@@ -107,7 +107,7 @@ class WideStep:
         batch, columns = tokens.shape
         self._prepare(cache, past + columns)
         at_once = max(1, self.rows // columns)
-        with torch.cuda.device(self._plan.embedding.device):
+        with torch.cuda.device(self._plan.embedding.get_device()):
             x = self._plan.embedding.new_empty(batch, self._plan.embedding.shape[1])
             for first in range(0, batch, at_once):
                 some = slice(first, min(batch, first + at_once))

@@ -1,4 +1,4 @@
-"""The kernels of a fused decode step of few rows, each as a `Launch` made once, and what many rows need beside the GEMM.
+"""The kernels of a fused decode step of few rows, each as a `Launch` made once, and what many rows need beside GEMM.
 
 The order of a step is embed, then layer by layer project, attention, accumulate, gated, accumulate, and at last head.
 Each is launched to start before the one ahead of it has ended: see `Launch`. That of many rows is in `wide`.
