@@ -100,21 +100,19 @@ class Run:
     def _prefill(self) -> None:
         """The prompt into the cache, and the first token."""
         query, cache = self.query, self.cache
-        if (given := self._given()) is not None:
-            cache.set_padding(given.mask)
-            cache.set_positions(given.positions, self.batch)
-            if self._captured_prompt(given):
-                columns = cache.set_prompt(query.tokens)
-                self._begin(self.prompt)
-                key = ("prompt", self.batch, columns, cache.capacity, self.sampler, query.sampling.form)
-                cache.graphs.run(key, lambda: self._read_prompt(columns))
-                cache.set_length(self.prompt)
-                return
-            if self.prompts is not None and self.prompts.takes(cache):
-                self._begin(given.past + given.tokens.shape[1])
-                self._choose(self.prompts.prompt(given.tokens, cache, given.past, given.padding))
-                cache.set_length(self.length)
-                return
+        given = self._given()
+        if given is not None and self._captured_prompt(given):
+            columns = cache.set_prompt(query.tokens)
+            self._count(given)
+            key = ("prompt", self.batch, columns, cache.capacity, self.sampler, query.sampling.form)
+            cache.graphs.run(key, lambda: self._read_prompt(columns))
+            cache.set_length(self.length)
+            return
+        if given is not None and self.prompts is not None and self.prompts.takes(cache):
+            self._count(given)
+            self._choose(self.prompts.prompt(given.tokens, cache, given.past, given.padding))
+            cache.set_length(self.length)
+            return
         arguments = query.arguments | {"past_key_values": cache}
         output = self.model._prefill(query.tokens, query.config, arguments)
         arguments = self.model._update_model_kwargs_for_generation(output, arguments, is_encoder_decoder=False)
@@ -150,6 +148,11 @@ class Run:
             self._choose(prompts.prompt(tokens, cache, last=cache.last))
         else:
             self._choose(prompt_logits(self.model, tokens, cache.last, cache))
+
+    def _count(self, given: Text) -> None:
+        self.cache.set_padding(given.mask)
+        self.cache.set_positions(given.positions, self.batch)
+        self._begin(given.past + given.tokens.shape[1])
 
     def _begin(self, length: int) -> None:
         self.length = self.past = length
