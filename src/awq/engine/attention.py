@@ -1,12 +1,13 @@
-"""Attention of one token over a cache: the query heads of a key head are taken as rows of one product.
+"""Attention by torch's kernels: of one token over a cache, and of the tokens of a prompt.
 
-transformers repeats the keys and values for every query head where there is a mask, and torch's CPU kernel is slow for
-grouped heads (156 us against 28 for 9 over 3 heads and 200 tokens, one core). As rows, they read each key once.
+The query heads of a key head are taken as rows of one product. transformers repeats the keys and values for every
+query head where there is a mask, and torch's CPU kernel is slow for grouped heads (156 us against 28 for 9 over 3 heads
+and 200 tokens, one core). As rows, they read each key once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "awq_one_token"
+_BLOCK = 256  # tokens of a prompt that share a mask
 _added: Any = WeakTensorKeyDictionary()  # masks of True and False, as what is added to scores
 
 
@@ -49,6 +51,53 @@ def _as_added(mask: Tensor, dtype: torch.dtype) -> Tensor:
         _added[mask] = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
     found: Tensor = _added[mask]
     return found
+
+
+def prompt_attention(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None = None, padding: Sequence[int] = ()
+) -> Tensor:
+    """query [batch, heads, new, width], the last of the tokens whose keys and values are [batch, kv_heads, all, width].
+
+    Causal: [batch, heads, new, width], with 0 where a query is padding. In memory the heads of a token follow another.
+    window: how many tokens one sees, itself included; padding: how many before each row are not seen; empty for none
+    """
+    if not any(padding):
+        return _causal(query, keys, values, scale, window)
+    y = query.new_zeros(query.transpose(1, 2).shape).transpose(1, 2)
+    past = keys.shape[2] - query.shape[2]
+    for row, first in enumerate(padding):  # each by itself: with a mask it would take longer, and memory
+        begin, one = max(0, first - past), slice(row, row + 1)
+        if begin < query.shape[2]:
+            part = (query[one, :, begin:], keys[one, :, first:], values[one, :, first:])
+            y[one, :, begin:] = _causal(*part, scale, window)
+    return y
+
+
+def _causal(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
+    new, total = query.shape[2], keys.shape[2]
+    if query.is_cuda and (window is None or window >= total):
+        # What scaled_dot_product_attention may choose, but for a cuDNN kernel, which is planned for each length anew.
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        output: Tensor = flash(query, keys, values, 0.0, True, scale=scale)[0]
+        return output
+    parts, window = [], window or total
+    for start in range(0, new, _BLOCK):
+        some = query[:, :, start : start + _BLOCK]
+        end = total - new + start + some.shape[2]
+        seen = slice(max(0, end - some.shape[2] + 1 - window), end)
+        parts.append(_windowed(some, keys[:, :, seen], values[:, :, seen], scale, window))
+    return torch.cat(parts, 2)
+
+
+def _windowed(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
+    """Behind a mask; as in `one_token_attention` the heads that share keys are rows of one product."""
+    batch, heads, new, width = query.shape
+    at = torch.arange(keys.shape[2], device=query.device)
+    apart = at[-new:, None] - at
+    mask = ((apart >= 0) & (apart < window)).repeat(heads // keys.shape[1], 1)
+    grouped = query.reshape(batch, keys.shape[1], -1, width)
+    output = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(batch, heads, new, width)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from awq.engine.cache import BUCKET, KVCache, windows_of
 from awq.engine.forward import ModelStep, device_of, positions_taken, prompt_logits
 from awq.engine.loop import Way
-from awq.engine.step import BUILDERS, PLAIN_BUILDERS, Builder, Step
+from awq.engine.step import BUILDERS, PLAIN_BUILDERS, Builder, PromptStep, Step
 
 # ||logits - own|| / ||own||: rounding differs with the shape of a product; a wrong step is off by 1.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -28,6 +28,7 @@ class Ways:
 
     windows: per layer, for the cache; slot_bytes: what one token of one row takes in all layers
     padded_prompts: whether padding behind a prompt changes nothing, so that one graph serves many lengths
+    prompts: what takes them in place of the model's own forward, if anything does
     """
 
     ways: list[Way] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Ways:
     slot_bytes: int = 0
     vocabulary: int = 0
     padded_prompts: bool = False
+    prompts: PromptStep | None = None
 
     def way(self, batch: int, ragged: bool = False) -> Way | None:
         """The first that takes so many rows; `ragged`: with padding between tokens, which only tier 1 does."""
@@ -54,6 +56,11 @@ class Ways:
             self.refused[f"{step.how} of several rows"] = reason
             way.most = 1
         self.ways.append(way)
+        if self.prompts is None and isinstance(step, PromptStep):
+            if reason := probe.prompt_difference(step):
+                self.refused["fused prompts"] = reason
+            else:
+                self.prompts = step
 
     @property
     def names(self) -> str:
@@ -98,6 +105,8 @@ def _steps(model: Any, builders: list[Builder], refused: dict[str, str], own: St
             refused[getattr(builder, "__name__", "step").replace("_", " ")] = built
         else:
             yield built
+            if (wider := getattr(built, "wider", None)) is not None:
+                yield wider
     yield own
 
 
@@ -137,8 +146,28 @@ class Probe:
                     self.truth = self._plain(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
                 logits = self._logits(way, rows)
         except _CANNOT as error:
-            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return _told(error)
         return self._compare(logits, self.truth[:, rows])
+
+    def prompt_difference(self, step: PromptStep) -> str | None:
+        """What is wrong with its prompts: one with other tokens behind it, and a conversation of padded rows."""
+        assert self.truth is not None
+        behind = torch.cat([self.tokens[1:, :_PROMPT], self.tokens[:1, :_PROMPT]], dim=1)
+        alone, both = (KVCache(self.windows, batch, BUCKET, self.device) for batch in (1, 2))
+        alone.last.fill_(_PROMPT - 1)
+        both.set_padding(self.mask)
+        padding = both.first.tolist()
+        try:
+            with torch.inference_mode():
+                if not step.takes(alone):
+                    return "its RoPE depends on the length of the text"
+                logits = [step.prompt(behind, alone, last=alone.last).expand(2, -1)]
+                logits.append(step.prompt(self.tokens[:, :_PROMPT], both, padding=padding))
+                logits.append(step.prompt(self.tokens[:, _PROMPT:], both, _PROMPT, padding))
+        except _CANNOT as error:
+            return _told(error)
+        truth = torch.stack([self.truth[0, 1:].expand(2, -1), self.truth[0], self.truth[-1]])
+        return self._compare(torch.stack(logits).float(), truth)
 
     def padding_is_harmless(self) -> bool:
         """Whether the second row's prompt, with as many tokens behind it, has the logits that it has alone."""
@@ -204,3 +233,7 @@ class Probe:
             else:
                 logits.append(advance().clone())
         return torch.stack(logits).float()
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

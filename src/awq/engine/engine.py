@@ -63,6 +63,8 @@ class Engine:
         """Use no tier above `tier`: for comparisons, and where one is suspected."""
         self.reset()
         self.ways.ways = [way for way in self.ways.ways if way.step.tier <= tier]
+        if self.ways.prompts is not None and self.ways.prompts.tier > tier:
+            self.ways.prompts = None
         if not self.ways.ways:
             self.ways.reason = "transformers' own loop, as asked"
 
@@ -92,6 +94,7 @@ class Engine:
                 assert way is not None
                 run = Run(self._model(), way, cache, self._sampler_for(query), query, self.ways.padded_prompts)
                 run.ragged_way = self.ways.way(query.tokens.shape[0], ragged=True)
+                run.prompts = self.ways.prompts
                 new = run.answer()
         except torch.OutOfMemoryError as error:
             self._cache = self._sampler = None

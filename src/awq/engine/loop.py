@@ -16,9 +16,9 @@ from torch import Tensor
 
 from awq.engine.cache import PROMPTS, KVCache, bucket_of
 from awq.engine.forward import prompt_logits
-from awq.engine.query import PLAIN_ARGUMENTS, Query
+from awq.engine.query import PLAIN_ARGUMENTS, Query, Text, read_text
 from awq.engine.sample import Sampler
-from awq.engine.step import Step
+from awq.engine.step import PromptStep, Step
 
 AHEAD = 2  # steps enqueued before the token of an earlier one is read: one runs while the host looks at the last
 
@@ -51,6 +51,7 @@ class Run:
         self.length = self.past = 0  # tokens in the cache: once all that was enqueued has run, and before the answer
         self.padded_prompts = padded_prompts
         self.ragged_way: Way | None = None  # the way where there is padding between tokens
+        self.prompts: PromptStep | None = None  # what takes prompts in place of the model's own forward
         self.ahead = AHEAD if way.captured and not query.at_once else 0
 
     def answer(self) -> Tensor:
@@ -99,14 +100,18 @@ class Run:
     def _prefill(self) -> None:
         """The prompt into the cache, and the first token."""
         query, cache = self.query, self.cache
-        if self._captured_prompt():
+        given = self._given()
+        if given is not None and self._captured_prompt(given):
             columns = cache.set_prompt(query.tokens)
-            cache.set_padding(None)
-            cache.set_positions(cache.last[None] + 1, self.batch)
-            self._begin(self.prompt)
+            self._count(given)
             key = ("prompt", self.batch, columns, cache.capacity, self.sampler, query.sampling.form)
             cache.graphs.run(key, lambda: self._read_prompt(columns))
-            cache.set_length(self.prompt)
+            cache.set_length(self.length)
+            return
+        if given is not None and self.prompts is not None and self.prompts.takes(cache):
+            self._count(given)
+            self._choose(self.prompts.prompt(given.tokens, cache, given.past, given.padding))
+            cache.set_length(self.length)
             return
         arguments = query.arguments | {"past_key_values": cache}
         output = self.model._prefill(query.tokens, query.config, arguments)
@@ -118,22 +123,36 @@ class Run:
         self._begin(cache.get_seq_length())
         self._choose(output.logits[:, -1])
 
-    def _captured_prompt(self) -> bool:
-        """Whether the prompt is of a kind that graphs are recorded for: not too long, nothing but text, no padding."""
+    def _given(self) -> Text | None:
+        """What the prompt is, if it is nothing but text that is counted as usual, from the first token that counts."""
         query = self.query
-        mask, positions = query.arguments.get("attention_mask"), query.arguments.get("position_ids")
         others = {name for name, value in query.arguments.items() if value is not None} - PLAIN_ARGUMENTS
-        if not (self.way.captured and self.padded_prompts) or others or query.cache is not None:
+        if others or query.config.prefill_chunk_size is not None:
+            return None
+        mask, positions = (query.arguments.get(name) for name in ("attention_mask", "position_ids"))
+        past = query.cache.get_seq_length() if query.cache is not None else 0
+        return read_text(query.tokens, mask, positions, past)
+
+    def _captured_prompt(self, given: Text) -> bool:
+        """Whether the prompt is of a kind that graphs are recorded for: a first one, not too long, no padding."""
+        if not self.way.captured or given.past or any(given.padding) or self.prompt > PROMPTS[-1]:
             return False
-        if self.prompt > PROMPTS[-1] or query.config.prefill_chunk_size is not None:
-            return False
-        counted = torch.arange(self.prompt, device=query.tokens.device)
-        as_counted = positions is None or (positions.shape[-1] == self.prompt and bool((positions == counted).all()))
-        return as_counted and (mask is None or bool(mask.all()))
+        if self.prompts is None or not self.prompts.takes(self.cache):
+            return self.padded_prompts
+        return self.batch * self.prompt <= self.prompts.rows
 
     def _read_prompt(self, columns: int) -> None:
-        cache = self.cache
-        self._choose(prompt_logits(self.model, cache.prompt[: self.batch, :columns], cache.last, cache))
+        cache, prompts = self.cache, self.prompts
+        tokens = cache.prompt[: self.batch, :columns]
+        if prompts is not None and prompts.takes(cache):
+            self._choose(prompts.prompt(tokens, cache, last=cache.last))
+        else:
+            self._choose(prompt_logits(self.model, tokens, cache.last, cache))
+
+    def _count(self, given: Text) -> None:
+        self.cache.set_padding(given.mask)
+        self.cache.set_positions(given.positions, self.batch)
+        self._begin(given.past + given.tokens.shape[1])
 
     def _begin(self, length: int) -> None:
         self.length = self.past = length

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation import stopping_criteria as hf
@@ -106,3 +107,45 @@ def _unusual(tokens: Tensor, config: GenerationConfig, arguments: Mapping[str, A
     if cache is not None and not isinstance(cache, KVCache) and not ours:
         return f"a {type(cache).__name__} of the caller's"
     return None
+
+
+@dataclass(frozen=True)
+class Text:
+    """The new tokens [batch, new] of a prompt, behind `past` that the cache holds, and the position of the next one.
+
+    padding: tokens of each row that count for nothing, all before the others; empty, and no mask, for none
+    """
+
+    tokens: Tensor
+    past: int
+    padding: tuple[int, ...]
+    mask: Tensor | None
+    positions: Tensor
+
+
+def read_text(tokens: Tensor, mask: Tensor | None, positions: Tensor | None, past: int) -> Text | None:
+    """What `generate` gave, if it is counted as usual, from the first token of a row that is no padding; else None.
+
+    tokens: [batch, length] with those of the cache, or without; mask: [batch, past + new]; positions: [..., length]
+    """
+    whole = mask is not None and mask.shape[-1] == tokens.shape[1]
+    new = tokens[:, past:] if whole else tokens
+    (batch, count), total = new.shape, past + new.shape[1]
+    if not count or (mask is not None and mask.shape != (batch, total)):
+        return None
+    counts = torch.ones(1, total, dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
+    first = (~counts).sum(1).expand(batch)
+    ragged = (counts[:, 1:] < counts[:, :-1]).any().expand(1)
+    expected = torch.arange(past, total, device=tokens.device) - first.unsqueeze(1)
+    wrong = torch.zeros_like(ragged)
+    if positions is not None:
+        known = positions[..., -count:]
+        if known.ndim < 2 or known.shape[-1] != count or known.shape[-2] not in (1, batch):
+            return None
+        wrong = ((known != expected) & (expected >= 0)).any().expand(1)
+    *padding, ragged_or_wrong = torch.cat([first, ragged | wrong]).tolist()  # the host waits once
+    unpadded = not any(padding)
+    if ragged_or_wrong or max(padding) >= total or (positions is None and not unpadded):
+        return None
+    after = (total - first).unsqueeze(1)
+    return Text(new, past, () if unpadded else tuple(padding), None if unpadded else mask, after)

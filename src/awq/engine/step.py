@@ -3,7 +3,7 @@
 The engine owns the cache, the sampling and the CUDA graph; a `Step` computes logits from tokens and nothing else:
 
     engine                                         step
-    prefill: the model's own forward, cache filled
+    prefill: `prompt` of a `PromptStep`, or the model's own forward; cache filled
     warm-up: a few plain calls                     decode(tokens, positions, cache) -> logits
     capture: decode + choice of the token + count, as one CUDA graph for each bucket of lengths
     replay:  once a token; the host never waits
@@ -26,8 +26,8 @@ they are: the engine counts. Slots after `slot` hold what earlier queries left t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -60,6 +60,23 @@ class Step(Protocol):
 
         positions: what the model calls position_ids, slot - first where nobody gave others
         """
+        ...
+
+
+@runtime_checkable
+class PromptStep(Step, Protocol):
+    """A step that takes prompts too, of up to `rows` tokens at once where they are captured."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def takes(self, cache: KVCache) -> bool: ...
+
+    def prompt(
+        self, tokens: Tensor, cache: KVCache, past: int = 0, padding: Sequence[int] = (), last: Tensor | None = None
+    ) -> Tensor:
+        """tokens int64 [batch, columns] into the slots from `past` on -> logits [batch, vocabulary] of the last column,
+        or of column `last`, int64 [1]. padding: how many slots before each row count for nothing, as in cache.first."""
         ...
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from awq.engine.fused.discover import discover
-from awq.engine.fused.merged import merge_linears
+from awq.engine.fused.merged import Weights, merge_linears
 from awq.engine.fused.plan import Layer, Plan
-from awq.engine.fused.step import FusedStep, Weights
+from awq.engine.fused.step import FusedStep
+from awq.engine.fused.wide import WideStep
 from awq.engine.head import Int8Head
 from awq.kernels.cuda.layout import TILE_ROWS, gpu
 from awq.kernels.cuda.step.attention import HEAD_DIMS
@@ -24,10 +25,11 @@ _HEAD_PART, _HEAD_BYTES = 256, 34 << 10  # channels that the head takes at a tim
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def fused_step(model: Any) -> FusedStep | str:
+def fused_step(model: Any) -> FusedStep | WideStep | str:
     """The fused step of a quantized decoder on a GPU, or in a few words why there is none.
 
-    The linears that read one input are put together: their buffers become views of one.
+    The linears that read one input are put together: their buffers become views of one. Few rows go through the GEMV,
+    more through the GEMM, and where one version is pinned all that it takes.
     """
     device: torch.device = model.get_input_embeddings().weight.device
     if device.type != "cuda":
@@ -46,7 +48,10 @@ def fused_step(model: Any) -> FusedStep | str:
                 return merged
             weights.append(merged)
         torch.cuda.empty_cache()  # what the linears had each for itself
-        rows = most_rows(plan, weights, device.index or 0)
+        wide, versions = WideStep(plan, weights), _versions(plan)
+        rows = 0 if "GEMM" in versions else most_rows(plan, weights, device.index or 0)
+        if "GEMV" not in versions:
+            return FusedStep(plan, weights, rows, wide) if rows else wide
         return FusedStep(plan, weights, rows) if rows else "a row does not fit into the shared memory of this GPU"
 
 
@@ -74,8 +79,8 @@ def obstacle(plan: Plan, device: torch.device) -> str | None:
     quantized = [linear for linear in linears if isinstance(linear, QuantLinear)]
     if any(linear.device != device for linear in quantized):
         return "it lies on several devices"
-    if any(linear.choice.version == "GEMM" for linear in quantized):
-        return "version GEMM was asked for"
+    if len(_versions(plan)) > 1:
+        return "its layers are pinned to several versions"
     if any(linear.spec.dtype != plan.embedding.dtype for linear in quantized):
         return "its activations have several dtypes"
     if {plan.embedding.dtype, getattr(plan.head, "weight", plan.embedding).dtype} - set(_HALF):
@@ -89,6 +94,12 @@ def obstacle(plan: Plan, device: torch.device) -> str | None:
     if any(layer.down.in_features % TILE_ROWS for layer in plan.layers if isinstance(layer.down, QuantLinear)):
         return f"its MLP has a width that {TILE_ROWS} does not divide"
     return None
+
+
+def _versions(plan: Plan) -> set[str | None]:
+    """What is pinned: "GEMM", "GEMV", or None where each call chooses."""
+    linears = (linear for layer in plan.layers for linear in _linears(layer))
+    return {linear.choice.version for linear in linears if isinstance(linear, QuantLinear)}
 
 
 def _linears(layer: Layer) -> tuple[nn.Module, ...]:

@@ -20,6 +20,16 @@ class Merged:
     bias: Tensor | None
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The four weights of a layer."""
+
+    qkv: Merged
+    output: Merged
+    gate_up: Merged
+    down: Merged
+
+
 def merge_linears(linears: Sequence[QuantLinear]) -> Merged | str:
     """One weight of several linears, or why they do not go together. Their buffers become views of it."""
     merged = merge([linear._buffers for linear in linears], [linear.spec for linear in linears])

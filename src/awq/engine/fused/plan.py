@@ -50,17 +50,23 @@ class Rope:
 
     def table(self, count: int) -> Tensor:
         """float32 [count, rotary / 2, 2]: cosine and sine at each position, as decoding one token there finds them."""
+        module, at = self._positions(count)
+        if self.steady(count):
+            return self._angles(module, at)
+        return torch.cat([self._angles(module, at[i : i + 1]) for i in range(count)])
+
+    def steady(self, count: int) -> bool:
+        """Whether a position turns alike in every text of up to `count` tokens: some scale by the longest so far."""
+        module, at = self._positions(count)
+        whole = self._angles(module, at)
+        looks = {min(2**i, count - 1) for i in range(count.bit_length())}
+        return all(torch.equal(self._angles(module, at[i : i + 1])[0], whole[i]) for i in looks)
+
+    def _positions(self, count: int) -> tuple[nn.Module, Tensor]:
+        """A copy of the module, which may keep what it saw, and the positions where it lies."""
         module = copy.deepcopy(self.module)
         device = next((tensor.device for tensor in module.buffers()), torch.device("cpu"))
-        at = torch.arange(count, device=device)
-        whole = self._angles(module, at)
-        # Some scale by the longest position so far: those rows must come one by one.
-        looks = {min(2**i, count - 1) for i in range(count.bit_length())}
-        alike = all(torch.equal(self._angles(module, at[i : i + 1])[0], whole[i]) for i in looks)
-        if alike:
-            return whole
-        module = copy.deepcopy(self.module)
-        return torch.cat([self._angles(module, at[i : i + 1]) for i in range(count)])
+        return module, torch.arange(count, device=device)
 
     def _angles(self, module: nn.Module, positions: Tensor) -> Tensor:
         x = torch.zeros(1, 1, 1, device=positions.device)

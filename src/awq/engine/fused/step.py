@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from awq.engine.fused.merged import Merged
-from awq.engine.fused.plan import Attention, Layer, Norm, Plan, Rope
+from awq.engine.fused.merged import Weights
+from awq.engine.fused.plan import Layer, Plan
+from awq.engine.fused.wide import Ropes, WideStep, heads_of
 from awq.engine.head import Int8Head
-from awq.kernels.cuda.step.attention import Bind, HeadNorm, Heads, attention
+from awq.kernels.cuda.step.attention import Bind, attention
 from awq.kernels.cuda.step.ends import embed, head
 from awq.kernels.cuda.step.gemv import accumulate, gated, project
 
@@ -22,38 +23,32 @@ if TYPE_CHECKING:
 Launched = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The four weights of a layer."""
-
-    qkv: Merged
-    output: Merged
-    gate_up: Merged
-    down: Merged
-
-
 class FusedStep:
     """A `Step` of up to `max_batch` rows. It keeps linears of the model, and copies of its rotary modules.
 
     It has one set of buffers: steps must not run side by side. Logits are overwritten by the next step.
+    wider: the step of more rows over the same weights, where there is one
     """
 
     tier = 2
     how = "fused step"
 
-    def __init__(self, plan: Plan, weights: Sequence[Weights], max_batch: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, weights: Sequence[Weights], max_batch: int = 1, wider: WideStep | None = None
+    ) -> None:
         self.max_batch: int | None = max_batch
+        self.wider = wider
         self._plan, self._weights = plan, weights
         self._buffers = Buffers.of(plan, weights, max_batch)
         self._rows: dict[int, Rows] = {}
-        self._ropes: dict[int, dict[int, Tensor]] = {}  # by the capacity of a cache; graphs read the tables of theirs
+        self._ropes = wider.ropes if wider else Ropes(plan)
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """float32 [batch, vocabulary]; see `Step`. The first call for a batch and a capacity must not be captured."""
         with torch.cuda.device(self._buffers.stream.get_device()):
             rows = self.rows(len(tokens))
             if cache.capacity not in rows.binds:
-                rows.bind(cache.capacity, self._tables(cache.capacity))
+                rows.bind(cache.capacity, self._ropes.tables(cache.capacity))
             rows.enqueue(tokens, positions, cache, torch.cuda.current_stream().cuda_stream)
         return rows.logits
 
@@ -62,14 +57,6 @@ class FusedStep:
         if count not in self._rows:
             self._rows[count] = Rows(self._plan, self._weights, self._buffers, count)
         return self._rows[count]
-
-    def _tables(self, positions: int) -> dict[int, Tensor]:
-        """Tables of RoPE for so many positions, one for the layers that share it."""
-        if positions not in self._ropes:
-            ropes = {id(rope): rope for layer in self._plan.layers if (rope := layer.attention.rope)}
-            device = self._buffers.stream.device
-            self._ropes[positions] = {key: rope.table(positions).to(device).contiguous() for key, rope in ropes.items()}
-        return self._ropes[positions]
 
 
 @dataclass(frozen=True)
@@ -127,7 +114,7 @@ class Rows:
 
     def bind(self, capacity: int, tables: dict[int, Tensor]) -> None:
         self.binds[capacity] = [
-            attention(self._part(self.buffers.qkv, wide), _heads(each, tables), self._part(self.buffers.y, width))
+            attention(self._part(self.buffers.qkv, wide), heads_of(each, tables), self._part(self.buffers.y, width))
             for each, (wide, width) in self._attentions
         ]
 
@@ -152,27 +139,3 @@ class Rows:
 
     def _part(self, buffer: Tensor, width: int) -> Tensor:
         return buffer[: self.count * width].view(self.count, width)
-
-
-def _heads(plan: Attention, tables: dict[int, Tensor]) -> Heads:
-    return Heads(
-        plan.heads,
-        plan.key_heads,
-        plan.head_dim,
-        plan.query_at,
-        plan.key_at,
-        plan.value_at,
-        plan.scale,
-        tables.get(id(plan.rope)),
-        _interleaved(plan.rope),
-        _norm(plan.query_norm),
-        _norm(plan.key_norm),
-    )
-
-
-def _interleaved(rope: Rope | None) -> bool:
-    return rope is not None and rope.interleaved
-
-
-def _norm(norm: Norm | None) -> HeadNorm | None:
-    return HeadNorm(norm.weight.contiguous(), norm.epsilon) if norm else None

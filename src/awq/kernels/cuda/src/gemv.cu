@@ -30,6 +30,7 @@
 // With OUTPUT 1 and several rows a launch may take a part of the input channels: x of all would not fit.
 #include "common.cuh"
 #include "dequantize.cuh"
+#include "activation.cuh"  // of OUTPUT 2
 
 #ifndef GROUP
 #define GROUP 128
@@ -48,9 +49,6 @@
 #endif
 #ifndef OUTPUT  // 0 y, 1 y added to the residual stream, 2 act(gate) * up
 #define OUTPUT 0
-#endif
-#ifndef ACTIVATION  // of OUTPUT 2: 0 SiLU, 1 GELU, 2 GELU by tanh
-#define ACTIVATION 0
 #endif
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
@@ -843,18 +841,6 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
   const u8* from = p.kept + (u64)tile_at(p, i) * p.kept_steps * KEPT_STEP;
   multiply_kept(p, s, lane, d, [&](int at) { return load_stream16(from + at); });
 }
-
-#if OUTPUT == 2
-DEVICE float activated(float x) {
-#if ACTIVATION == 0
-  return x / (1.f + __expf(-x));
-#elif ACTIVATION == 1
-  return 0.5f * x * (1.f + erff(x * 0.70710678f));
-#else
-  return x / (1.f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
-#endif
-}
-#endif
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;

@@ -75,11 +75,21 @@ struct Shared {
 };
 // then WARPS rings, at last the warps' results: [heads][RESULT_PITCH] floats each
 
-// Where a block stands. The first blocks, those of split 0, are the first that find room, and often do all. Quotients are
-// small and mostly 0: loops are shorter than divisions.
+// Where a block stands. The first blocks, those of split 0, are the first that find room, and often do all. Where tokens
+// are split there are few blocks, and quotients are small and mostly 0: loops are shorter than divisions.
 struct Place { int split, among, part, key_head, row, heads, head; };
 DEVICE Place place_of(const Params& p) {
   Place a = {};
+  if constexpr (SPLITS == 1) {
+    a.among = blockIdx.x;
+    a.part = a.among / p.key_heads;
+    a.row = a.part / p.parts;
+    a.key_head = a.among - a.part * p.key_heads;
+    a.part -= a.row * p.parts;
+    a.heads = min(p.each, p.group - a.part * p.each);
+    a.head = a.key_head * p.group + a.part * p.each;
+    return a;
+  }
   const int groups = gridDim.x / SPLITS;
   a.split = (int)__fdividef(blockIdx.x + 0.5f, (float)groups);
   a.among = a.key_head = blockIdx.x - a.split * groups;

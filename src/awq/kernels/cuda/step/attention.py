@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
@@ -22,6 +22,7 @@ _STATIC = 24 << 10  # bytes of shared memory that the kernel has beside its ring
 # Warps of a block, and units of the ring of each: 16 keys or 16 values. The first that fits: blocks that take more than
 # half of an SM's shared memory spread over all SMs, also where they start as others end.
 _RINGS = ((16, 4), (16, 2), (8, 2), (8, 1))
+_CROWDED = (4, 2)  # where there are more blocks than SMs: several to an SM, so that some copy while others start or end
 
 # struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
@@ -62,19 +63,21 @@ class Heads:
 Bind = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None], Launch]
 
 
-def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
+def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = None) -> Bind:
     """bind(keys, values, slot, first, position, window) makes the launch that appends to the cache and attends to it.
 
     qkv: [batch, channels]; out: [batch, heads * head_dim], float16 or bfloat16 as the cache
     keys, values: [batch, key_heads, capacity, head_dim]; slot int64 [1]; first, position int64 [batch]: the new token
         goes to `slot`, its position is that of the RoPE table, and it sees the slots from `first` on
     window: how many slots are seen, the new one included; None for all
+    shares: what `shares_of` gave for these heads, which launches of one stream may have in common; None: its own
     """
     group, batch, device = heads.heads // heads.key_heads, qkv.shape[0], qkv.get_device()
     parts = -(-group // _HEADS)
     each, blocks = -(-group // parts), batch * heads.key_heads * parts
     _, multiprocessors, available = gpu(device)
-    splits, (warps, units) = splits_of(blocks, multiprocessors), _ring(heads.head_dim, available)
+    splits = splits_of(blocks, multiprocessors)
+    warps, units = _CROWDED if blocks > multiprocessors else _ring(heads.head_dim, available)
     launch = Launch(
         SOURCE,
         "attention",
@@ -85,8 +88,8 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
         _PARAMS,
         device,
     )
-    numbers = blocks * splits * each * (_padded(heads.head_dim) + 4)
-    shares = torch.full((numbers,), -1, dtype=torch.int32, device=qkv.device)  # -1: not there yet
+    if shares is None:
+        shares = shares_of([heads], blocks * splits if splits > 1 else 0, qkv.device)
     sizes = (heads.query_at, heads.key_at, heads.value_at, heads.key_heads, group, parts, each)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
@@ -101,6 +104,12 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
     return bind
 
 
+def shares_of(heads: Iterable[Heads], blocks: int, device: torch.device) -> Tensor:
+    """What so many blocks that split the tokens of any of `heads` hand to one another: -1 where it is not there yet."""
+    numbers = max(min(_HEADS, each.heads // each.key_heads) * (_padded(each.head_dim) + 4) for each in heads)
+    return torch.full((blocks * numbers,), -1, dtype=torch.int32, device=device)
+
+
 def splits_of(blocks: int, multiprocessors: int) -> int:
     """Blocks that share a key head's tokens where those are many: as many as run at once."""
     return max(1, min(_MOST_SPLITS, multiprocessors // blocks))
@@ -109,7 +118,7 @@ def splits_of(blocks: int, multiprocessors: int) -> int:
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS), _RINGS, strict=True):
+        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS, 1), (*_RINGS, _CROWDED), strict=True):
             for bf16 in (False, True):
                 yield SOURCE, "attention", arch, _defines(head_dim, splits, *ring, bf16)
 
