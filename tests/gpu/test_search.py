@@ -68,9 +68,7 @@ def test_the_shrink_is_the_best_or_costs_the_same(
     assert (index == first).float().mean() > 0.97 or kind == "outliers" or out < 50
     known = least.isfinite()
     assert (index[~known] == 0).all()
-    assert (
-        got[known] <= least[known] * 1.1
-    ).all()  # a strong mean of the inputs cancels in a group
+    assert (got[known] <= least[known] * 1.1).all()  # a strong mean of the inputs cancels in a group
     assert got[known].sum() <= least[known].sum() * (1 + 2e-4)
 
 

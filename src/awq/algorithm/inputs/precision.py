@@ -75,8 +75,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """total += factor * a @ b, as exact as `product`."""
-    if _halves(a.device) or (torch.get_float32_matmul_precision() == "highest" and _has_tensor_cores(a.device)):
-        total.add_(product(a, b), alpha=factor)
+    if _halves(a.device):
+        add = torch.ops.aten.addmm.dtype_out
+        add(total, a.bfloat16(), b.bfloat16(), torch.float32, beta=1, alpha=factor, out=total)
+    elif torch.get_float32_matmul_precision() == "highest" and _has_tensor_cores(a.device):
+        (high, low), (leading, rest) = _parts(a), _parts(b)
+        with fair_matmul():
+            for one, other in ((high, rest), (low, leading), (high, leading)):
+                total.addmm_(one, other, alpha=factor)
     else:
         total.addmm_(a, b, alpha=factor)
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import fair_matmul, fast_matmul, operand, product
+from awq.algorithm.inputs.precision import fair_matmul, fast_matmul, product
 from awq.algorithm.ranks import by_rows
 from awq.algorithm.search.affine import Affine
 from awq.algorithm.search.loss import row_gains
 
+_TOGETHER = 4  # groups in a product: fewer waste a GPU's launches, more a CPU's memory
 _RIDGE = 1e-6  # relative; keeps the systems of all-zero groups solvable
 
 
@@ -44,11 +45,14 @@ def _solve(steps: Tensor, weight: Tensor, gram: Tensor, groups: int) -> Tensor:
     out, size = steps.shape[0], steps.shape[1] // groups
     grouped = steps.view(out, groups, size)
     normal = steps.new_empty(out, groups, groups)
-    halved = operand(gram)
-    for g in range(groups):  # the matrix is symmetric
-        projected = product(grouped[:, g], halved[g * size : (g + 1) * size, g * size :])
-        normal[:, g, g:] = normal[:, g:, g] = projected.view(out, -1, size).mul_(grouped[:, g:]).sum(-1)
-    right = product(weight, halved).view(out, groups, size).mul_(grouped).sum(-1)
+    for first in range(0, groups, _TOGETHER):  # the matrix is symmetric
+        some = grouped[:, first : first + _TOGETHER].transpose(0, 1)
+        count, later = len(some), slice(first, None)
+        moments = gram[first * size : (first + count) * size, first * size :].view(count, size, -1)
+        dots = torch.bmm(some, moments).view(count, out, -1, size).mul_(grouped[:, later]).sum(-1)
+        normal[:, first : first + count, later] = dots.transpose(0, 1)
+        normal[:, later, first : first + count] = dots.permute(1, 2, 0)
+    right = product(weight, gram).view(out, groups, size).mul_(grouped).sum(-1)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(normal.dtype).tiny
     solution: Tensor = torch.linalg.solve_ex(normal, right)[0]

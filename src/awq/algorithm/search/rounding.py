@@ -87,27 +87,46 @@ def _round(
     rest, scales, zeros = (
         values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
     )
-    codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
-
-    def work(start: int, stop: int) -> None:
-        """Round some columns: the first half, which tells the second half in one product, then that."""
-        if stop - start > columns.columns:
-            middle = start + columns.columns * (-(-(stop - start) // columns.columns) // 2)
-            work(start, middle)
-            told = factor[start:middle, middle:stop].t()
-            for slab, some in zip(rest[middle:stop].split(sizes, 1), errors[start:middle].split(sizes, 1), strict=True):
-                add_product(slab, told, some, -1)  # as long a row for any number of ranks
-            work(middle, stop)
-        else:
-            part = slice(start, stop)
-            mine = rest[part], factor[part, part], scales[part], zeros[part]
-            codes[part], errors[part] = columns.round(*mine, 2**grid.bits - 1)
-
+    work = _Columns(columns, 2**grid.bits - 1, rest, factor, scales, zeros, sizes)
     with fair_matmul():
-        work(0, len(order))
-    rest = errors.mul_(factor.diagonal().unsqueeze(1)).div_(scales).add_(codes)
+        work.round(0, len(order))
+    rest = work.errors.mul_(factor.diagonal().unsqueeze(1)).div_(scales).add_(work.codes)
     back = order.argsort()
-    return Rounded(codes[back].t().contiguous(), rest[back].t().contiguous())
+    return Rounded(work.codes[back].t().contiguous(), rest[back].t().contiguous())
+
+
+class _Columns:
+    """Columns on their way, transposed: what is left to round of each, their codes and errors."""
+
+    def __init__(
+        self,
+        loop: ColumnLoop,
+        highest: int,
+        rest: Tensor,
+        factor: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        sizes: Sequence[int],
+    ) -> None:
+        self.loop, self.highest, self.sizes = loop, highest, sizes
+        self.rest, self.factor, self.scales, self.zeros = rest, factor, scales, zeros
+        self.codes, self.errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
+
+    def round(self, start: int, stop: int) -> None:
+        """Some columns: their first half, which tells the second half in one product, then that."""
+        most = self.loop.columns
+        if stop - start <= most:
+            part = slice(start, stop)
+            mine = self.rest[part], self.factor[part, part], self.scales[part], self.zeros[part]
+            self.codes[part], self.errors[part] = self.loop.round(*mine, self.highest)
+            return
+        middle = start + most * (-(-(stop - start) // most) // 2)
+        self.round(start, middle)
+        rest, errors = self.rest[middle:stop], self.errors[start:middle]
+        told = self.factor[start:middle, middle:stop].t()
+        for slab, some in zip(rest.split(self.sizes, 1), errors.split(self.sizes, 1), strict=True):
+            add_product(slab, told, some, -1)  # as long a row for any number of ranks
+        self.round(middle, stop)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor | None:
