@@ -68,7 +68,8 @@ def test_the_shrink_is_the_best_or_costs_the_same(
     assert (index == first).float().mean() > 0.97 or kind == "outliers" or out < 50
     known = least.isfinite()
     assert (index[~known] == 0).all()
-    assert (got[known] <= least[known] * 1.1).all()  # a strong mean of the inputs cancels in a group
+    # A strong mean of the inputs cancels: of 44000 groups one or two take a neighbour that costs them a tenth more.
+    assert (got[known] <= least[known] * 1.02).float().mean() > 0.999
     assert got[known].sum() <= least[known].sum() * (1 + 2e-4)
 
 
