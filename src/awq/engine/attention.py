@@ -76,7 +76,10 @@ def prompt_attention(
 def _causal(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     new, total = query.shape[2], keys.shape[2]
     if query.is_cuda and (window is None or window >= total):
-        # What scaled_dot_product_attention may choose, but for a cuDNN kernel, which is planned for each length anew.
+        if new == total:  # where torch has cuDNN's kernel, 2048 tokens of Llama-2-7B take 89 us on an H200, else 165
+            return nn.functional.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=scale, enable_gqa=True
+            )
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         output: Tensor = flash(query, keys, values, 0.0, True, scale=scale)[0]
         return output

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # Tokens of a prompt that go through a layer at a time: the GEMM gains nothing from more, and what lies between its
 # products takes 90 kB of each in a Llama-2-7B.
 ROWS = 4096
+EACH = 64  # tokens that a first prompt is filled up to a multiple of: cuDNN plans each length that is new to it
 
 Attend = Callable[[int, Tensor], Tensor]  # of a layer: its projection [rows, channels] -> [rows, heads * head_dim]
 
@@ -104,6 +105,9 @@ class WideStep:
         padding: how many slots before each row count for nothing, as cache.first has it; empty for none
         last: int64 [1], the column whose logits are wanted, for up to `rows` columns; those after it hold anything
         """
+        wanted = tokens.shape[1] - 1
+        if not past and not any(padding) and last is None:
+            tokens = self._filled(tokens, cache)
         batch, columns = tokens.shape
         self._prepare(cache, past + columns)
         at_once = max(1, self.rows // columns)
@@ -114,7 +118,8 @@ class WideStep:
                 for start in range(0, columns, self.rows):
                     part = tokens[some, start : start + self.rows].contiguous()
                     passed = _Prompt(cache, some, past + start, padding[some])
-                    self._pass(part, passed, x[some], part.shape[1] - 1 if last is None else last)
+                    at = min(part.shape[1] - 1, wanted - start) if last is None else last
+                    self._pass(part, passed, x[some], at)
             return self._logits(x)
 
     def _pass(self, tokens: Tensor, passed: _Prompt, x: Tensor, at: int | Tensor) -> None:
@@ -123,6 +128,13 @@ class WideStep:
         stream = self._embedded(tokens.view(-1))
         last, factor = self._layers(stream, lambda index, qkv: passed.attend(index, heads[index], qkv))
         self._norm(self._plan.norm, stream, last, factor, x, tokens.shape[1], at)
+
+    def _filled(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Behind the prompt what the next steps overwrite, as far as the cache has room, for one pass."""
+        columns = tokens.shape[1]
+        more = -columns % EACH
+        fits = columns > EACH and columns + more <= min(self.rows, cache.capacity)
+        return torch.nn.functional.pad(tokens, (0, more)) if fits else tokens
 
     def _prepare(self, cache: KVCache, slots: int) -> None:
         """Buffers for keys and values, as the first forward of the model would make them."""
