@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +19,9 @@ SOURCE = SOURCES / "step_attention.cu"
 HEAD_DIMS = range(8, 257, 8)
 _HEADS, _CHUNK = 8, 16  # of the kernel: query heads of a block at most, tokens that a warp takes at a time
 _MOST_SPLITS = 16  # one block reads the shares of all
-_STATIC = 24 << 10  # bytes of shared memory that the kernel has beside its rings, at most
 # Warps of a block, and units of the ring of each: 16 keys or 16 values. The first that fits: blocks that take more than
 # half of an SM's shared memory spread over all SMs, also where they start as others end.
-_RINGS = ((16, 4), (16, 2), (8, 2), (8, 1))
+_RINGS = ((8, 4), (8, 2), (8, 1))
 
 # struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
@@ -74,19 +74,19 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
     parts = -(-group // _HEADS)
     each, blocks = -(-group // parts), batch * heads.key_heads * parts
     _, multiprocessors, available = gpu(device)
-    splits, (warps, units) = splits_of(blocks, multiprocessors), _ring(heads.head_dim, available)
-    launch = Launch(
-        SOURCE,
-        "attention",
-        _defines(heads.head_dim, splits, warps, units, qkv.dtype is torch.bfloat16),
-        blocks * splits,
-        32 * warps,
-        warps * units * _unit_bytes(heads.head_dim),
-        _PARAMS,
-        device,
-    )
-    numbers = blocks * splits * each * (_padded(heads.head_dim) + 4)
-    shares = torch.full((numbers,), -1, dtype=torch.int32, device=qkv.device)  # -1: not there yet
+    (warps, units), bf16 = _ring(heads.head_dim, available), qkv.dtype is torch.bfloat16
+    launches: dict[int, tuple[Launch, Tensor]] = {}
+
+    def launch(splits: int) -> tuple[Launch, Tensor]:
+        """The kernel for so many blocks a key head, and where they put what they share: -1 is not there yet."""
+        if splits not in launches:
+            defines = _defines(heads.head_dim, splits, warps, units, bf16)
+            room = warps * units * _unit_bytes(heads.head_dim)
+            kernel = Launch(SOURCE, "attention", defines, blocks * splits, 32 * warps, room, _PARAMS, device)
+            numbers = blocks * splits * each * (_padded(heads.head_dim) + 4)
+            launches[splits] = kernel, torch.full((numbers,), -1, dtype=torch.int32, device=qkv.device)
+        return launches[splits]
+
     sizes = (heads.query_at, heads.key_at, heads.value_at, heads.key_heads, group, parts, each)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
@@ -94,22 +94,24 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Bind:
     epsilons = [norm.epsilon if norm else 0.0 for norm in norms]
 
     def bind(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None) -> Launch:
+        capacity = keys.shape[2]
+        kernel, shares = launch(splits_of(blocks, multiprocessors, capacity, warps * units // 2))
         places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position, shares)
-        last = (keys.shape[2], window or 0, rotary, int(heads.interleaved))
-        return launch.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
+        last = (capacity, window or 0, rotary, int(heads.interleaved))
+        return kernel.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
 
     return bind
 
 
-def splits_of(blocks: int, multiprocessors: int) -> int:
-    """Blocks that share a key head's tokens where those are many: as many as run at once."""
-    return max(1, min(_MOST_SPLITS, multiprocessors // blocks))
+def splits_of(blocks: int, multiprocessors: int, capacity: int, chunks: int) -> int:
+    """Blocks that share a key head's tokens where those are many: of `chunks` each, and as many as run at once."""
+    return max(1, min(_MOST_SPLITS, multiprocessors // blocks, -(-capacity // (_CHUNK * chunks))))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS), _RINGS, strict=True):
+        for splits, ring in itertools.product((1, 4, _MOST_SPLITS), _RINGS):
             for bf16 in (False, True):
                 yield SOURCE, "attention", arch, _defines(head_dim, splits, *ring, bf16)
 
@@ -120,8 +122,12 @@ def _defines(head_dim: int, splits: int, warps: int, units: int, bf16: bool) -> 
 
 def _ring(head_dim: int, available: int) -> tuple[int, int]:
     """(warps, units) of _RINGS for a block that may have so many bytes of shared memory."""
-    room = (available - _STATIC) // _unit_bytes(head_dim)
-    return next(((warps, units) for warps, units in _RINGS if warps * units <= room), _RINGS[-1])
+
+    def fits(warps: int, units: int) -> bool:
+        beside = 20 * (_padded(head_dim) + 8) + warps * (4 * _padded(head_dim) + 64) + 128  # struct Shared
+        return warps * units * _unit_bytes(head_dim) + beside <= available
+
+    return next((ring for ring in _RINGS if fits(*ring)), _RINGS[-1])
 
 
 def _unit_bytes(head_dim: int) -> int:

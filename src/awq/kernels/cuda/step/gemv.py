@@ -162,6 +162,6 @@ def _part(whole: Shape, first: int, count: int) -> Shape:
 
 def _plan(shape: Shape, device: int, rows: int) -> gemv.Plan | None:
     arch, sms, available = gpu(device)
-    squares = 4 * 16 * (1 if rows == 1 else MAX_ROWS)  # bytes: what each warp adds up of the rows' squares
+    squares = 4 * 32 * 16  # bytes: of each thread that multiplies, or of each warp for every row
     plan = gemv.plan(shape, rows, sms, available - squares, gemv.has_ring(arch))
     return plan and plan._replace(shared=plan.shared + squares)
