@@ -38,7 +38,11 @@ from tests.engine.ties import largest_gap
 from tests.gpu.test_journey import quantized
 from tests.tiny import byte_tokenizer, random_tokens, tiny_llama
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # by what transformers compiles
+]
 SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None}
 
 
