@@ -85,6 +85,7 @@ struct Params {
   int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
 #if NORM || OUTPUT
   const float* norm;   // [in_features] weight of the norm
+  const float* kept_norm;  // of one row: [16 * kept_steps], its weights of the kept channels
   float share, epsilon;  // of the mean of squares: 1 / width, and what is added to it
   float factor;        // of OUTPUT 1
   int half;            // tiles of gates of OUTPUT 2
@@ -766,8 +767,8 @@ DEVICE u16 normed(const Layout& s, int row, int channel) {
 }
 #endif
 
-// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before the wait for x, and several
-// at a time: one after the other each would wait for memory twice.
+// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before all else, and several at a
+// time: one after the other each would wait for memory twice, while the sums of tiles wait for this warp.
 struct Gather {
   static constexpr int TOGETHER = ONE ? 4 : 2;
   int channels[TOGETHER];
@@ -780,11 +781,10 @@ struct Gather {
     for (int j = 0; j < TOGETHER; j++) {
       int i = from + 32 * j;
       channels[j] = i < p.kept_steps * 16 ? (int)__float_as_uint(load_fresh_float(p.index + i)) : -1;
-    }
 #if NORM && ROWS == 1
-#pragma unroll
-    for (int j = 0; j < TOGETHER; j++) weights[j] = channels[j] >= 0 ? load_fresh_float(p.norm + channels[j]) : 0.f;
+      weights[j] = i < p.kept_steps * 16 ? load_fresh_float(p.kept_norm + i) : 0.f;
 #endif
+    }
   }
 #if NORM && ROWS == 1  // what need not wait for the norm's scale
   DEVICE void load_x(const Params& p) {
@@ -835,12 +835,23 @@ DEVICE void copy_kept(const Params& p, const Layout& s, int i) {
 
 // Their part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it. load: 16 bytes of a step
 template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s, int lane, float (&d)[4], LOAD load) {
+  constexpr int TOGETHER = 4;  // loads ahead of their products
   u32 x = s.kept_x + (((lane >> 2) % ROWS) * (p.kept_steps * 16 + 8) + 2 * (lane & 3)) * 2;
-#pragma unroll 4
-  for (int step = 0; step < p.kept_steps; step++) {
-    uint4 a = load(step * KEPT_STEP + lane * 16);
-    mma_acc(d, as_activations(a.x), as_activations(a.y), as_activations(a.z), as_activations(a.w),
-            load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
+#pragma unroll 1
+  for (int first = 0; first < p.kept_steps; first += TOGETHER) {
+    uint4 a[TOGETHER];
+    u32 b[TOGETHER][2];
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (first + j < p.kept_steps) {
+        a[j] = load((first + j) * KEPT_STEP + lane * 16);
+        b[j][0] = load_shared4(x + (first + j) * 32);
+        b[j][1] = load_shared4(x + (first + j) * 32 + 16);
+      }
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (first + j < p.kept_steps)
+        mma_acc(d, as_activations(a[j].x), as_activations(a[j].y), as_activations(a[j].z), as_activations(a[j].w), b[j][0], b[j][1]);
   }
 }
 // Read where they are, they made the output warp the slowest of all: 12288 x 4096 took 11.0 us with 1 % kept, 6.8 without.
@@ -875,14 +886,15 @@ DEVICE float activated(float x) {
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
-#if AWQ_RING
-  if (lane == 0)
-    for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
-#endif
   Gather kept;
   if (p.kept_steps) kept.load_channels(p, lane);
   auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(load_fresh2(p.bias + n)) : 0.f; };
   float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
+  __syncthreads();  // the signals are there
+#if AWQ_RING
+  if (lane == 0)
+    for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
+#endif
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
@@ -1052,11 +1064,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
 #else
   if (thread == 0) set_up_signals(p, s);
 #endif
-  __syncthreads();
   if (warp == WARPS) {
     output_warp(p, s, lane);
     return;
   }
+  __syncthreads();
   if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
 #if AWQ_RING
   if (keeps(p)) {

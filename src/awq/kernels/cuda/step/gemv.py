@@ -20,12 +20,12 @@ from awq.kernels.cuda.step.launch import Launch
 # What becomes of the gate, and its ACTIVATION.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
-# struct Params of gemv.cu with what NORM and OUTPUT add: norm; share, epsilon, factor; half, apart.
-_PARAMS = Struct("<7Qq11i4xQ3f2i4x")
+# struct Params of gemv.cu with what NORM and OUTPUT add: norm, kept_norm; share, epsilon, factor; half, apart.
+_PARAMS = Struct("<7Qq11i4x2Q3f2i4x")
 # In a step the kernels ahead and behind want the memory too, and a ring fills while x is awaited: a block of up to so
 # many units has one stage in flight, a larger one two. Against the plans of single launches a token of Llama-2-7B took
-# 17, 25 and 27 us less for the output, down and gate projections' sake, one of Llama-3-8B 13 and 18 for output and gate.
-# Its down projection, 112 units, took 9 us more with one; gate projections of 2 to 8 rows, 176 and 224, took 14 to 40.
+# 17, 25 and 27 us less for the output, down and gate projections, one of Llama-3-8B 13 and 18 for output and gate.
+# Its down projection, 112 units, took 9 us more with one; gate projections of 2 to 8 rows, 176 and 224, 14 to 40.
 _ONE_IN_FLIGHT = 100
 
 
@@ -146,6 +146,7 @@ def _launch(
         x.stride(0),
         *numbers,
         norm,
+        norm[units.index.clamp(min=0)] if norm is not None and units.index is not None else None,
         1 / units.in_features,
         epsilon,
         factor,
