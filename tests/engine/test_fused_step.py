@@ -303,4 +303,14 @@ def test_linears_that_keep_other_channels_do_not_go_together() -> None:
 
 
 def test_blocks_that_share_the_tokens_of_a_head() -> None:
-    assert [splits_of(blocks, 132) for blocks in (32, 8, 4, 1, 64, 66, 67, 200)] == [4, 16, 16, 16, 2, 2, 1, 1]
+    assert [splits_of(blocks, 132, 8192, 16) for blocks in (32, 8, 4, 1, 64, 66, 67, 200)] == [
+        4,
+        16,
+        16,
+        16,
+        2,
+        2,
+        1,
+        1,
+    ]
+    assert [splits_of(8, 132, capacity, 16) for capacity in (20, 256, 257, 512, 1024)] == [1, 1, 2, 2, 4]

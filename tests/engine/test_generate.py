@@ -139,7 +139,8 @@ class Longer(StoppingCriteria):
     """Stops rows at different lengths."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **_more: Any) -> Tensor:
-        return torch.tensor([input_ids.shape[1] > 14 + 3 * row for row in range(len(input_ids))])
+        long = [input_ids.shape[1] > 14 + 3 * row for row in range(len(input_ids))]
+        return torch.tensor(long, device=input_ids.device)
 
 
 @pytest.mark.parametrize("settings", [{}, {"eos_token_id": 5, "pad_token_id": 3}])
@@ -195,7 +196,7 @@ class Upwards(LogitsProcessor):
         return "Upwards()"  # a test's name is the same in every process
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores + torch.arange(scores.shape[-1]) / 100
+        return scores + torch.arange(scores.shape[-1], device=scores.device) / 100
 
 
 @pytest.mark.parametrize(

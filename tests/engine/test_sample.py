@@ -16,6 +16,20 @@ from tests.tiny import random_tokens, tiny_llama
 
 VOCABULARY = 40
 ROWS = 20_000
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 3.0},
+    {"top_k": 5},
+    {"top_k": 1},
+    {"top_k": 100},
+    {"top_p": 0.8},
+    {"top_p": 0.01},
+    {"top_p": 0.0},
+    {"min_p": 0.1},
+    {"penalty": 1.8, "temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.2},
+]
 
 
 def logits(seed: int = 0) -> Tensor:
@@ -45,24 +59,7 @@ def processors(settings: dict[str, Any]) -> LogitsProcessorList:
     return LogitsProcessorList([kinds[name](value) for name, value in settings.items()])
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.7},
-        {"temperature": 3.0},
-        {"top_k": 5},
-        {"top_k": 1},
-        {"top_k": 100},
-        {"top_p": 0.8},
-        {"top_p": 0.01},
-        {"top_p": 0.0},
-        {"min_p": 0.1},
-        {"penalty": 1.8, "temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
-        {"temperature": 1.5, "top_p": 0.9, "min_p": 0.2},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_the_distribution_is_the_one_of_transformers(settings: dict[str, Any]) -> None:
     text, chain = torch.tensor([[3, 17, 17, 5]]), processors(settings)
     scores = chain(text, logits().clone())

@@ -14,7 +14,9 @@ from torch import Tensor
 from awq.bench.models import random_model
 from awq.engine import attach
 from awq.engine.choose import choose
+from awq.engine.sample import Sampler, Sampling
 from awq.errors import OutOfMemoryError
+from awq.kernels.cuda.step.sample import draw
 from awq.storage.load import load_quantized
 from awq.storage.save import save_quantized
 from tests.architectures.families import FAMILIES, Family, tiny
@@ -33,12 +35,16 @@ from tests.engine.test_generate import (  # noqa: F401 - the same tests, of the 
     test_the_cache_grows_on_the_way,
     test_what_is_left_to_transformers,
 )
-from tests.engine.test_sample import chi_square_fits, processors
+from tests.engine.test_sample import FILTERS, ROWS, VOCABULARY, chi_square_fits, logits, processors
 from tests.engine.ties import largest_gap
 from tests.gpu.test_journey import quantized
 from tests.tiny import byte_tokenizer, random_tokens, tiny_llama
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # by what transformers compiles
+]
 SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -101,6 +107,38 @@ def test_graphs_are_recorded_once() -> None:
     assert count == 2  # a prompt's and a step's
     model.generate(random_tokens(1, 12).cuda(), **SETTINGS)
     assert len(model.engine._cache.graphs) == count
+
+
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_a_kernel_samples_from_the_distribution_of_transformers(settings: dict[str, Any]) -> None:
+    text, chain = torch.tensor([[3, 17, 17, 5]]), processors(settings)
+    scores, sampling = chain(text, logits().clone()), Sampling.read(chain, True, 4)
+    assert isinstance(sampling, Sampling)
+    sampler = Sampler(ROWS, VOCABULARY, torch.device("cuda", 0))
+    assert sampler.by_kernel
+    sampler.start(sampling, text.expand(ROWS, -1).cuda())
+    torch.manual_seed(1)
+    tokens = sampler(logits().expand(ROWS, -1).cuda())
+    assert tokens.shape == (ROWS, 1)
+    assert chi_square_fits(tokens.flatten().bincount(minlength=VOCABULARY).cpu(), scores.softmax(-1)[0])
+
+
+@pytest.mark.parametrize("settings", [one for one in FILTERS if "penalty" not in one], ids=str)
+@pytest.mark.parametrize("vocabulary", [40, 5000, 32001, 128256])
+def test_chances_in_even_steps_give_every_token_its_probability(settings: dict[str, Any], vocabulary: int) -> None:
+    rows, device = 2000, torch.device("cuda", 0)
+    scores = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
+    scores[:, 1::7] = -torch.inf
+    chain = processors(settings)
+    sampling = Sampling.read(chain, True, 1)
+    assert isinstance(sampling, Sampling)
+    chance = (torch.arange(rows, dtype=torch.float64, device=device) + 0.5) / rows
+    numbers, filters = torch.tensor(sampling.numbers, device=device), (sampling.top_p < 1, sampling.min_p > 0)
+    tokens = draw(scores.expand(rows, -1).contiguous().to(device), chance, numbers, sampling.top_k, *filters)
+    wanted = chain(torch.tensor([[1]]), scores.clone()).double().softmax(-1)[0]
+    counts = tokens.flatten().bincount(minlength=vocabulary).cpu()
+    assert counts[wanted == 0].sum() == 0
+    assert (counts - rows * wanted).abs().max() <= 1.1
 
 
 def test_a_seed_repeats_and_the_distribution_is_the_models_own() -> None:

@@ -51,6 +51,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and launch meanwhile, but not record: that begins by waiting for the device.
         recording = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
-        with _recording, torch.cuda.device(self.device), recording:
-            result = work()
+        with _recording, torch.cuda.device(self.device):
+            torch.cuda.current_blas_handle()  # a thread's first use makes it, which cannot be recorded
+            with recording:
+                result = work()
         return graph, result

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from awq.kernels.cuda.step.sample import draw, draws
+
 # In the order in which transformers applies them.
 _PLACED: dict[type, tuple[str, str]] = {
     hf.RepetitionPenaltyLogitsProcessor: ("penalty", "penalty"),
@@ -100,6 +102,7 @@ class Sampler:
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
         self.rows, self.vocabulary, self.device = rows, vocabulary, device
+        self.by_kernel = draws(device, vocabulary)
         with torch.inference_mode(False):
             self.numbers = torch.zeros(5, dtype=torch.float32, device=device)
             self.made = torch.zeros(1, dtype=torch.int64, device=device)  # new tokens so far
@@ -131,7 +134,8 @@ class Sampler:
             return logits.argmax(-1, keepdim=True)
         scores = self._barred(self._penalized(logits.float()))
         tokens = self._sample(scores) if sampling.sampled else scores.argmax(-1, keepdim=True)
-        self.made.add_(1)
+        if sampling.min_new > 0:
+            self.made.add_(1)
         if sampling.penalty != 1 and self.seen is not None:
             self.seen[: len(tokens)].scatter_(1, tokens, True)
         return tokens
@@ -152,8 +156,17 @@ class Sampler:
         return scores
 
     def _sample(self, scores: Tensor) -> Tensor:
-        """By the exponential race: p_i / e_i is largest for token i with probability p_i."""
+        """By the exponential race: p_i / e_i is largest for token i with probability p_i.
+
+        Sorting 32000 scores for it takes 7 % of a fused step of a 7B model, and selecting 50 of them 5 %: on a GPU one
+        kernel does it all.
+        """
         sampling = self.sampling
+        if self.by_kernel:
+            chance = torch.rand(len(scores), dtype=torch.float64, device=scores.device)
+            return draw(
+                scores.contiguous(), chance, self.numbers, sampling.top_k, sampling.top_p < 1, sampling.min_p > 0
+            )
         scores, tokens = scores / self.numbers[2], None
         if sampling.top_k:
             scores, tokens = scores.topk(min(sampling.top_k, scores.shape[-1]))

@@ -138,7 +138,8 @@ DEVICE uint4 load_stream16(const void* p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-// What an earlier kernel wrote: from the second-level cache, since this one may have started before it ended.
+// What an earlier kernel wrote: from the second-level cache, since this one may have started before it ended. Also what
+// none writes, where it is to be under way before the wait for an earlier kernel: the compiler moves `__ldg` behind that.
 DEVICE uint4 load_fresh16(const void* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"

@@ -83,6 +83,7 @@ struct Params {
   int kept_ahead;      // tiles whose kept channels are in shared memory or on their way (2^n); 0: read them where they are
 #if NORM || OUTPUT
   const float* norm;   // [in_features] weight of the norm
+  const float* kept_norm;  // of one row: [16 * kept_steps], its weights of the kept channels
   float share, epsilon;  // of the mean of squares: 1 / width, and what is added to it
   float factor;        // of OUTPUT 1
   int half;            // tiles of gates of OUTPUT 2
@@ -215,6 +216,10 @@ DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
   if ((part & (GROUP / 8 - 1)) == 0) store_shared8(s.table + part / (GROUP / 8) * 8, unit, sum * (1.f / 65536.f));
 }
 
+#if NORM
+DEVICE float4 floats(uint4 v) { return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)); }
+#endif
+
 // Whether the units of every tile fall to the math warps alike, so that each keeps its part of x in registers.
 DEVICE bool keeps(const Params& p) {
   return AWQ_RING && (GROUP == 128 || (ONE && GROUP == 64)) && (p.units == WARPS || (ONE && p.units == 2 * WARPS));
@@ -230,16 +235,12 @@ struct Part { float4 x[2], weight[2]; };
 DEVICE void load_weight(Part& to, const Params& p, int part) {
   bool there = 8 * part < p.in_features;
 #pragma unroll
-  for (int e = 0; e < 2; e++)
-    to.weight[e] = there ? __ldg((const float4*)(p.norm + 8 * part) + e) : make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int e = 0; e < 2; e++) to.weight[e] = there ? floats(load_fresh16(p.norm + 8 * part + 4 * e)) : make_float4(0.f, 0.f, 0.f, 0.f);
 }
 DEVICE void load_x(Part& to, const Params& p, int part) {
   bool there = 8 * part < p.in_features;
 #pragma unroll
-  for (int e = 0; e < 2; e++) {
-    uint4 raw = there ? load_fresh16((const float*)p.x + 8 * part + 4 * e) : make_uint4(0, 0, 0, 0);
-    to.x[e] = make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
-  }
+  for (int e = 0; e < 2; e++) to.x[e] = there ? floats(load_fresh16((const float*)p.x + 8 * part + 4 * e)) : make_float4(0.f, 0.f, 0.f, 0.f);
 }
 // As below, and the sum of squares.
 DEVICE void store_part(const Params& p, const Layout& s, const Part& part_of, int part, float& square) {
@@ -260,18 +261,19 @@ DEVICE void store_part(const Params& p, const Layout& s, const Part& part_of, in
   }
   make_planes(s, v, part < p.units * (UNIT_K / 8), part);
 }
-// A warp's squares for the output warp, which waits for all of them: see wait_for_squares.
-DEVICE void hand_over_squares(const Layout& s, int warp, int lane, float square) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) square += __shfl_xor_sync(~0u, square, o);
-  if (lane == 0) store_shared4(squares(s) + 4 * warp, __float_as_uint(square));
+// A thread's squares for the output warp, which has time to add them up: see norm_scale_of.
+DEVICE void hand_over_squares(const Layout& s, int thread, float square) {
+  store_shared4(squares(s) + 4 * thread, __float_as_uint(square));
   asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");
 }
-DEVICE float wait_for_squares(const Params& p, const Layout& s) {
+DEVICE float norm_scale_of(const Params& p, const Layout& s, int lane) {
   named_barrier(2, MATH_THREADS + 32);
-  float sum = 0.f;
+  float sums[4] = {};
 #pragma unroll
-  for (int i = 0; i < WARPS; i++) sum += __uint_as_float(load_shared4(squares(s) + 4 * i));
+  for (int i = 0; i < WARPS; i++) sums[i % 4] += __uint_as_float(load_shared4(squares(s) + 4 * (32 * i + lane)));
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma unroll
+  for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
   return rsqrtf(fmaf(sum, p.share, p.epsilon));
 }
 #else
@@ -295,7 +297,7 @@ struct Quads { float4 x[HELD][ROWS], weight[HELD]; };
 DEVICE void load_weights(Quads& to, const Params& p, int k) {
 #pragma unroll
   for (int j = 0; j < HELD; j++, k += QUADS_K)
-    to.weight[j] = k < p.in_features ? __ldg((const float4*)(p.norm + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
+    to.weight[j] = k < p.in_features ? floats(load_fresh16(p.norm + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
 }
 DEVICE void load_quads(Quads& to, const Params& p, int k) {
   const float* x = (const float*)p.x + k;
@@ -304,8 +306,7 @@ DEVICE void load_quads(Quads& to, const Params& p, int k) {
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
       bool there = row < p.rows && k + j * QUADS_K < p.in_features;
-      uint4 raw = there ? load_fresh16(x + j * QUADS_K) : make_uint4(0, 0, 0, 0);
-      to.x[j][row] = make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+      to.x[j][row] = there ? floats(load_fresh16(x + j * QUADS_K)) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
 }
 // Each row's sum over the lanes; lane 4r + c gets that of row r. Halves of the rows change hands, then quarters.
@@ -611,7 +612,7 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
     for (int k = 0; k < KEEP; k++) load_x(parts[k], p, k * MATH_THREADS + thread);
 #pragma unroll
     for (int k = 0; k < KEEP; k++) store_part(p, s, parts[k], k * MATH_THREADS + thread, square);
-    hand_over_squares(s, warp, lane, square);
+    hand_over_squares(s, thread, square);
 #else
     wait_for_earlier_kernels();
     uint4 raw[KEEP];
@@ -713,7 +714,7 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
       for (int b = 0; b < AT_ONCE; b++)
 #if NORM && ROWS == 1
         if (first + b < chunks) store_part(p, s, parts[b], (first + b) * MATH_THREADS + thread, square);
-      if (first + AT_ONCE >= chunks) hand_over_squares(s, warp, lane, square);
+      if (first + AT_ONCE >= chunks) hand_over_squares(s, thread, square);
 #else
         if (first + b < chunks) store_part(p, s, raw[b], (first + b) * MATH_THREADS + thread);
 #endif
@@ -764,24 +765,40 @@ DEVICE u16 normed(const Layout& s, int row, int channel) {
 }
 #endif
 
-// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before the wait for x, and several
-// at a time: one after the other each would wait for memory twice.
+// x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before all else, and several at a
+// time: one after the other each would wait for memory twice, while the sums of tiles wait for this warp.
 struct Gather {
   static constexpr int TOGETHER = ONE ? 4 : 2;
   int channels[TOGETHER];
+#if NORM && ROWS == 1
+  float weights[TOGETHER], x[TOGETHER];
+#endif
 
   DEVICE void load_channels(const Params& p, int from) {
 #pragma unroll
     for (int j = 0; j < TOGETHER; j++) {
       int i = from + 32 * j;
-      channels[j] = i < p.kept_steps * 16 ? __ldg(p.index + i) : -1;
+      channels[j] = i < p.kept_steps * 16 ? (int)__float_as_uint(load_fresh_float(p.index + i)) : -1;
+#if NORM && ROWS == 1
+      weights[j] = i < p.kept_steps * 16 ? load_fresh_float(p.kept_norm + i) : 0.f;
+#endif
     }
   }
+#if NORM && ROWS == 1  // what need not wait for the norm's scale
+  DEVICE void load_x(const Params& p) {
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++) x[j] = channels[j] >= 0 ? load_fresh_float((const float*)p.x + channels[j]) : 0.f;
+  }
+#endif
   DEVICE void run(const Params& p, const Layout& s, int lane, float norm_scale = 1.f) {
     int width = p.kept_steps * 16;
 #pragma unroll 1
     for (int from = lane; from < width; from += 32 * TOGETHER) {
+#if NORM && ROWS == 1
+      if (from >= 32) { load_channels(p, from); load_x(p); }
+#else
       if (from >= 32) load_channels(p, from);
+#endif
       u16 v[TOGETHER][ROWS];
 #pragma unroll
       for (int j = 0; j < TOGETHER; j++)
@@ -790,7 +807,7 @@ struct Gather {
 #if NORM && ROWS > 1
           v[j][row] = channels[j] >= 0 && row < p.rows ? normed(s, row, channels[j]) : (u16)0;
 #elif NORM
-          v[j][row] = channels[j] >= 0 ? narrow(load_fresh_float((const float*)p.x + channels[j]) * __ldg(p.norm + channels[j]) * norm_scale) : (u16)0;
+          v[j][row] = narrow(x[j] * weights[j] * norm_scale);
 #else
           v[j][row] = channels[j] >= 0 && row < p.rows ? load_fresh2(p.x + row * p.x_stride + channels[j]) : (u16)0;
 #endif
@@ -816,12 +833,23 @@ DEVICE void copy_kept(const Params& p, const Layout& s, int i) {
 
 // Their part of a tile: tile rows r and r + 8 of the rows 2c and 2c + 1 of x, as an mma leaves it. load: 16 bytes of a step
 template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s, int lane, float (&d)[4], LOAD load) {
+  constexpr int TOGETHER = 4;  // loads ahead of their products
   u32 x = s.kept_x + (((lane >> 2) % ROWS) * (p.kept_steps * 16 + 8) + 2 * (lane & 3)) * 2;
-#pragma unroll 4
-  for (int step = 0; step < p.kept_steps; step++) {
-    uint4 a = load(step * KEPT_STEP + lane * 16);
-    mma_acc(d, as_activations(a.x), as_activations(a.y), as_activations(a.z), as_activations(a.w),
-            load_shared4(x + step * 32), load_shared4(x + step * 32 + 16));
+#pragma unroll 1
+  for (int first = 0; first < p.kept_steps; first += TOGETHER) {
+    uint4 a[TOGETHER];
+    u32 b[TOGETHER][2];
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (first + j < p.kept_steps) {
+        a[j] = load((first + j) * KEPT_STEP + lane * 16);
+        b[j][0] = load_shared4(x + (first + j) * 32);
+        b[j][1] = load_shared4(x + (first + j) * 32 + 16);
+      }
+#pragma unroll
+    for (int j = 0; j < TOGETHER; j++)
+      if (first + j < p.kept_steps)
+        mma_acc(d, as_activations(a[j].x), as_activations(a[j].y), as_activations(a[j].z), as_activations(a[j].w), b[j][0], b[j][1]);
   }
 }
 // Read where they are, they made the output warp the slowest of all: 12288 x 4096 took 11.0 us with 1 % kept, 6.8 without.
@@ -844,14 +872,15 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
 
 DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
+  Gather kept;
+  if (p.kept_steps) kept.load_channels(p, lane);
+  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(load_fresh2(p.bias + n)) : 0.f; };
+  float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
+  __syncthreads();  // the signals are there
 #if AWQ_RING
   if (lane == 0)
     for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
 #endif
-  Gather kept;
-  if (p.kept_steps) kept.load_channels(p, lane);
-  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(__ldg(p.bias + n)) : 0.f; };
-  float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
@@ -862,7 +891,8 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
     kept.run(p, s, lane);
   }
 #elif NORM
-  const float norm_scale = wait_for_squares(p, s);
+  if (p.kept_steps) kept.load_x(p);
+  const float norm_scale = norm_scale_of(p, s, lane);
   if (p.kept_steps) kept.run(p, s, lane, norm_scale);
 #else
   if (p.kept_steps) kept.run(p, s, lane);
@@ -1020,11 +1050,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
 #else
   if (thread == 0) set_up_signals(p, s);
 #endif
-  __syncthreads();
   if (warp == WARPS) {
     output_warp(p, s, lane);
     return;
   }
+  __syncthreads();
   if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
 #if AWQ_RING
   if (keeps(p)) {

@@ -7,10 +7,10 @@
 //
 // A block takes one key head and up to 8 of its query heads (where more share it, others take them). The tokens from the
 // first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to ALONE chunks are
-// the first block's; of more SPLITS blocks take a share each, and the last block puts the shares together: it waits for
-// every number to be there, which costs a trip to the second-level cache and back. The blocks of a cluster, which could do
-// with less, start only where a whole cluster finds room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128
-// tokens, and 8 clusters of 8 5.1.
+// the first block's; more are shared among as many blocks as have PER chunks each, up to SPLITS, and the last of them puts
+// the shares together: it waits for every number of the others to be there, which costs a trip to the second-level cache
+// and back. The blocks of a cluster, which could do with less, start only where a whole cluster finds room: 32 clusters of
+// 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
 //
 // A warp copies its chunks to a ring of its own, the first before the wait for the projection: the kernel that begins a
 // step lets none start before all of the last step is over. It keeps running maximum, sum and result of its chunks. Where
@@ -32,8 +32,11 @@
 #ifndef UNITS  // of a warp's ring: 16 keys or 16 values each
 #define UNITS 2
 #endif
+#ifndef PER
+#define PER (WARPS * UNITS / 2)  // chunks that the rings hold
+#endif
 #ifndef ALONE
-#define ALONE 16
+#define ALONE PER
 #endif
 
 constexpr int THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
@@ -106,7 +109,7 @@ DEVICE long long load_number(const long long* p) { uint2 v = load_fresh8(p); ret
 
 // Slots `start` to `slot` are seen, in chunks from slot `base` on. A warp takes every `stride`-th of the `count` chunks.
 struct Tokens {
-  int start, slot, base, count, stride;
+  int start, slot, base, count, stride, blocks;
   bool alone;
 
   DEVICE Tokens(const Params& p, const Place& a) {
@@ -115,12 +118,13 @@ struct Tokens {
     start = p.window ? max(first, slot - p.window + 1) : first;
     base = start & ~(CHUNK - 1);
     count = (slot - base) / CHUNK + 1;
-    alone = SPLITS == 1 || count <= ALONE;
-    stride = alone ? WARPS : SPLITS * WARPS;
+    blocks = SPLITS == 1 || count <= ALONE ? 1 : min(SPLITS, (count + PER - 1) / PER);
+    alone = blocks == 1;
+    stride = blocks * WARPS;
   }
-  DEVICE int first_chunk(const Place& a, int warp) const { return alone ? (a.split ? count : warp) : a.split + SPLITS * warp; }
+  DEVICE int first_chunk(const Place& a, int warp) const { return a.split + blocks * warp; }
   // The block of the last chunk has the new key and value.
-  DEVICE bool has_new(const Place& a) const { return alone ? a.split == 0 : a.split == (count - 1) % SPLITS; }
+  DEVICE bool has_new(const Place& a) const { return a.split == (count - 1) % blocks; }
 };
 
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -353,77 +357,66 @@ DEVICE void hand_over(const Running& run, Shared& shared, float* result, int hea
   }
 }
 
-// Shares of a head put together: maximum, sum of exponentials, and a channel of y.
-struct Share { float most, sum, y; };
+// Shares of a head put together: maximum, sum of exponentials, and four channels of y.
+struct Share { float most, sum, y[4]; };
 template <int N> DEVICE Share together(const Share (&parts)[N]) {
-  Share all = {LOWEST, 0.f, 0.f};
+  Share all = {LOWEST, 0.f, {}};
 #pragma unroll
   for (int i = 0; i < N; i++) all.most = fmaxf(all.most, parts[i].most);
 #pragma unroll
   for (int i = 0; i < N; i++) {
     float by = exp2_fast(parts[i].most - all.most);
     all.sum = fmaf(by, parts[i].sum, all.sum);
-    all.y = fmaf(by, parts[i].y, all.y);
+#pragma unroll
+    for (int e = 0; e < 4; e++) all.y[e] = fmaf(by, parts[i].y[e], all.y[e]);
   }
   return all;
 }
 
-// What the warps have of a channel. results: the first warp's
+// What the warps have of channels at, at + 1, ... results: the first warp's
 DEVICE Share of_warps(const Shared& shared, const u8* results, int head, int at) {
   Share parts[WARPS];
 #pragma unroll
-  for (int w = 0; w < WARPS; w++)
-    parts[w] = {shared.most[head][w], shared.sum[head][w], *(const float*)(results + w * RING + (head * RESULT_PITCH + at) * 4)};
+  for (int w = 0; w < WARPS; w++) {
+    float4 y = *(const float4*)(results + w * RING + (head * RESULT_PITCH + at) * 4);
+    parts[w] = {shared.most[head][w], shared.sum[head][w], {y.x, y.y, y.z, y.w}};
+  }
   return together(parts);
 }
 
-DEVICE void store_number(u32* to, float v) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(__float_as_uint(v)) : "memory");
+// To memory number by number, none of which is ABSENT.
+DEVICE void hand_in(u32* to, const Share& share, int at) {
+  const u32 *y = (const u32*)share.y, most = __float_as_uint(share.most), sum = __float_as_uint(share.sum);
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to + at), "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3]) : "memory");
+  if (at == 0) asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(to + WIDE), "r"(most), "r"(sum) : "memory");
 }
-DEVICE u32 load_number_or_absent(const u32* from) {
-  u32 v; asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory"); return v;
+// Whether all of it was there.
+DEVICE bool fetch(Share& share, const u32* from, int at) {
+  u32 most, sum, y[4];
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(most), "=r"(sum) : "l"(from + WIDE) : "memory");
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "l"(from + at) : "memory");
+  share.most = __uint_as_float(most);
+  share.sum = __uint_as_float(sum);
+  bool there = most != ABSENT && sum != ABSENT;
+#pragma unroll
+  for (int e = 0; e < 4; e++) { share.y[e] = __uint_as_float(y[e]); there &= y[e] != ABSENT; }
+  return there;
 }
 
-// The block's share to memory, number by number.
-DEVICE void hand_in(const Params& p, const Place& a, const Shared& shared, const u8* results, int thread) {
-  u32* share = p.shares + (u64)(a.among * SPLITS + a.split) * p.each * RESULT_PITCH;
-#pragma unroll 1
-  for (int i = thread; i < a.heads * WIDE; i += THREADS) {
-    int head = i / WIDE, at = i % WIDE;
-    Share all = of_warps(shared, results, head, at);
-    u32* to = share + head * RESULT_PITCH;
-    store_number(to + at, all.y);
-    if (at == 0) { store_number(to + WIDE, all.most); store_number(to + WIDE + 1, all.sum); }
-  }
-}
-
-// What the blocks have of a channel, as soon as it is there.
-DEVICE Share of_blocks(const Params& p, const Place& a, int head, int at) {
-  const u32* first = p.shares + ((u64)a.among * SPLITS * p.each + head) * RESULT_PITCH;
-  u32 most[SPLITS], sum[SPLITS], y[SPLITS];
+// What `mine` and the other blocks have, as soon as it is there. first: the first block's share
+DEVICE Share of_blocks(const Params& p, const u32* first, int others, const Share& mine, int at) {
+  Share parts[SPLITS];
+  parts[SPLITS - 1] = mine;
   bool all;
   do {
     all = true;
 #pragma unroll
-    for (int s = 0; s < SPLITS; s++) {
-      const u32* share = first + s * p.each * RESULT_PITCH;
-      most[s] = load_number_or_absent(share + WIDE);
-      sum[s] = load_number_or_absent(share + WIDE + 1);
-      y[s] = load_number_or_absent(share + at);
+    for (int s = 0; s < SPLITS - 1; s++) {
+      parts[s] = {LOWEST, 0.f, {}};
+      if (s < others) all &= fetch(parts[s], first + (u64)s * p.each * RESULT_PITCH, at);
     }
-#pragma unroll
-    for (int s = 0; s < SPLITS; s++) all &= most[s] != ABSENT && sum[s] != ABSENT && y[s] != ABSENT;
   } while (!all);
-  Share parts[SPLITS];
-#pragma unroll
-  for (int s = 0; s < SPLITS; s++) parts[s] = {__uint_as_float(most[s]), __uint_as_float(sum[s]), __uint_as_float(y[s])};
   return together(parts);
-}
-
-// After all that of_blocks has read.
-DEVICE void clear_shares(const Params& p, const Place& a, int thread) {
-  u32* first = p.shares + (u64)a.among * SPLITS * p.each * RESULT_PITCH;
-  for (int i = thread; i < SPLITS * p.each * RESULT_PITCH; i += THREADS) first[i] = ABSENT;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
@@ -433,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
   const Place a = place_of(p);
   const long long position = load_number(p.position + a.row);  // all three numbers at once
   const Tokens t(p, a);
-  if (t.alone && a.split) return;
+  if (a.split >= t.blocks) return;
   const u64 cache = (u64)(a.row * p.key_heads + a.key_head) * p.capacity * HEAD_DIM;
   const u32 ring_at = shared_address(dynamic) + warp * RING;
   int chunk = t.first_chunk(a, warp);
@@ -473,16 +466,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
   }
   hand_over(run, shared, (float*)(dynamic + warp * RING), a.heads, warp, lane);
   __syncthreads();
-  if (!t.alone) hand_in(p, a, shared, dynamic, thread);
-  if (!t.alone && a.split != SPLITS - 1) return;
+  u32* shares = p.shares + (u64)a.among * SPLITS * p.each * RESULT_PITCH;  // of the blocks of this key head
+  const int others = t.blocks - 1;
   u16* y = p.y + ((u64)a.row * p.key_heads * p.group + a.head) * HEAD_DIM;
 #pragma unroll 1
-  for (int i = thread; i < a.heads * HEAD_DIM; i += THREADS) {
-    int head = i / HEAD_DIM, at = i % HEAD_DIM;
-    Share all = t.alone ? of_warps(shared, dynamic, head, at) : of_blocks(p, a, head, at);
-    y[i] = narrow(__fdividef(all.y, all.sum));
+  for (int i = 4 * thread; i < a.heads * WIDE; i += 4 * THREADS) {
+    int head = i / WIDE, at = i % WIDE;
+    Share all = of_warps(shared, dynamic, head, at);
+    if (a.split < others) {
+      hand_in(shares + (u64)(a.split * p.each + head) * RESULT_PITCH, all, at);
+      continue;
+    }
+    if (others) all = of_blocks(p, shares + head * RESULT_PITCH, others, all, at);
+    if (at >= HEAD_DIM) continue;
+    float by = __fdividef(1.f, all.sum);
+    *(uint2*)(y + head * HEAD_DIM + at) = make_uint2(narrow2(all.y[0] * by, all.y[1] * by), narrow2(all.y[2] * by, all.y[3] * by));
   }
-  if (t.alone) return;
-  __syncthreads();
-  clear_shares(p, a, thread);
+  if (a.split < others || t.alone) return;
+  __syncthreads();  // all is read
+  for (int i = thread; i < others * p.each * (RESULT_PITCH / 4); i += THREADS)
+    ((uint4*)shares)[i] = make_uint4(ABSENT, ABSENT, ABSENT, ABSENT);
 }

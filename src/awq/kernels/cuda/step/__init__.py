@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from awq.kernels.cuda.step import attention, ends, gemv, wide
+from awq.kernels.cuda.step import attention, ends, gemv, sample, wide
 from awq.kernels.cuda.step.launch import OLDEST
 
 
@@ -17,5 +17,5 @@ def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """Every (source, kernel, arch, defines) that can be asked for on `arch`, of attention for the usual head sizes."""
     number = int(arch.removeprefix("sm_").rstrip("af"))
     if divmod(number, 10) >= OLDEST:
-        for part in (gemv, attention, ends, wide):
+        for part in (gemv, attention, ends, sample, wide):
             yield from part.variants(arch)

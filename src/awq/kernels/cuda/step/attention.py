@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,11 +19,10 @@ SOURCE = SOURCES / "step_attention.cu"
 HEAD_DIMS = range(8, 257, 8)
 _HEADS, _CHUNK = 8, 16  # of the kernel: query heads of a block at most, tokens that a warp takes at a time
 _MOST_SPLITS = 16  # one block reads the shares of all
-_STATIC = 24 << 10  # bytes of shared memory that the kernel has beside its rings, at most
 # Warps of a block, and units of the ring of each: 16 keys or 16 values. The first that fits: blocks that take more than
 # half of an SM's shared memory spread over all SMs, also where they start as others end.
-_RINGS = ((16, 4), (16, 2), (8, 2), (8, 1))
-_CROWDED = (4, 2)  # where there are more blocks than SMs: several to an SM, so that some copy while others start or end
+_RINGS = ((8, 4), (8, 2), (8, 1))
+_CROWDED = (4, 3)  # where there are more blocks than SMs: several to an SM, so that some copy while others start or end
 
 # struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
 # capacity, window, rotary, interleaved; scale and two epsilons.
@@ -76,20 +76,21 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = No
     parts = -(-group // _HEADS)
     each, blocks = -(-group // parts), batch * heads.key_heads * parts
     _, multiprocessors, available = gpu(device)
-    splits = splits_of(blocks, multiprocessors)
-    warps, units = _CROWDED if blocks > multiprocessors else _ring(heads.head_dim, available)
-    launch = Launch(
-        SOURCE,
-        "attention",
-        _defines(heads.head_dim, splits, warps, units, qkv.dtype is torch.bfloat16),
-        blocks * splits,
-        32 * warps,
-        warps * units * _unit_bytes(heads.head_dim),
-        _PARAMS,
-        device,
-    )
-    if shares is None:
-        shares = shares_of([heads], blocks * splits if splits > 1 else 0, qkv.device)
+    (warps, units), bf16 = _ring(heads.head_dim, available), qkv.dtype is torch.bfloat16
+    if blocks > multiprocessors:
+        warps, units = _CROWDED
+    launches: dict[int, tuple[Launch, Tensor]] = {}
+
+    def launch(splits: int) -> tuple[Launch, Tensor]:
+        """The kernel for so many blocks a key head, and where they put what they share."""
+        if splits not in launches:
+            defines = _defines(heads.head_dim, splits, warps, units, bf16)
+            room = warps * units * _unit_bytes(heads.head_dim)
+            kernel = Launch(SOURCE, "attention", defines, blocks * splits, 32 * warps, room, _PARAMS, device)
+            own = shares_of([heads], blocks * splits if splits > 1 else 0, qkv.device) if shares is None else shares
+            launches[splits] = kernel, own
+        return launches[splits]
+
     sizes = (heads.query_at, heads.key_at, heads.value_at, heads.key_heads, group, parts, each)
     rotary = 0 if heads.rope is None else 2 * heads.rope.shape[1]
     norms = (heads.query_norm, heads.key_norm)
@@ -97,9 +98,11 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = No
     epsilons = [norm.epsilon if norm else 0.0 for norm in norms]
 
     def bind(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None) -> Launch:
+        capacity = keys.shape[2]
+        kernel, shares = launch(splits_of(blocks, multiprocessors, capacity, warps * units // 2))
         places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position, shares)
-        last = (keys.shape[2], window or 0, rotary, int(heads.interleaved))
-        return launch.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
+        last = (capacity, window or 0, rotary, int(heads.interleaved))
+        return kernel.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
 
     return bind
 
@@ -110,15 +113,15 @@ def shares_of(heads: Iterable[Heads], blocks: int, device: torch.device) -> Tens
     return torch.full((blocks * numbers,), -1, dtype=torch.int32, device=device)
 
 
-def splits_of(blocks: int, multiprocessors: int) -> int:
-    """Blocks that share a key head's tokens where those are many: as many as run at once."""
-    return max(1, min(_MOST_SPLITS, multiprocessors // blocks))
+def splits_of(blocks: int, multiprocessors: int, capacity: int, chunks: int) -> int:
+    """Blocks that share a key head's tokens where those are many: of `chunks` each, and as many as run at once."""
+    return max(1, min(_MOST_SPLITS, multiprocessors // blocks, -(-capacity // (_CHUNK * chunks))))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """The (source, kernel, arch, defines) for the head sizes of common models on `arch`."""
     for head_dim in (64, 80, 96, 128, 256):
-        for splits, ring in zip((1, 4, _MOST_SPLITS, _MOST_SPLITS, 1), (*_RINGS, _CROWDED), strict=True):
+        for splits, ring in itertools.product((1, 4, _MOST_SPLITS), (*_RINGS, _CROWDED)):
             for bf16 in (False, True):
                 yield SOURCE, "attention", arch, _defines(head_dim, splits, *ring, bf16)
 
@@ -129,8 +132,12 @@ def _defines(head_dim: int, splits: int, warps: int, units: int, bf16: bool) -> 
 
 def _ring(head_dim: int, available: int) -> tuple[int, int]:
     """(warps, units) of _RINGS for a block that may have so many bytes of shared memory."""
-    room = (available - _STATIC) // _unit_bytes(head_dim)
-    return next(((warps, units) for warps, units in _RINGS if warps * units <= room), _RINGS[-1])
+
+    def fits(warps: int, units: int) -> bool:
+        beside = 20 * (_padded(head_dim) + 8) + warps * (4 * _padded(head_dim) + 64) + 128  # struct Shared
+        return warps * units * _unit_bytes(head_dim) + beside <= available
+
+    return next((ring for ring in _RINGS if fits(*ring)), _RINGS[-1])
 
 
 def _unit_bytes(head_dim: int) -> int:
