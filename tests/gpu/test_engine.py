@@ -16,7 +16,7 @@ from awq.engine import attach
 from awq.engine.choose import choose
 from awq.engine.sample import Sampler, Sampling
 from awq.errors import OutOfMemoryError
-from awq.kernels.cuda.step.sample import draw
+from awq.kernels.cuda.step.sample import draw, largest
 from awq.storage.load import load_quantized
 from awq.storage.save import save_quantized
 from tests.architectures.families import FAMILIES, Family, tiny
@@ -139,6 +139,16 @@ def test_chances_in_even_steps_give_every_token_its_probability(settings: dict[s
     counts = tokens.flatten().bincount(minlength=vocabulary).cpu()
     assert counts[wanted == 0].sum() == 0
     assert (counts - rows * wanted).abs().max() <= 1.1
+
+
+@pytest.mark.parametrize("vocabulary", [1, 40, 32001, 128256, 151936])
+def test_the_largest_score_is_the_first_of_equals(vocabulary: int) -> None:
+    scores = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)) - 9
+    scores[1] = scores[1].round()
+    scores[2], scores[3] = -torch.inf, -0.0
+    scores[3, vocabulary // 2 :] = 0.0
+    scores[4, -1] = torch.inf
+    assert torch.equal(largest(scores.cuda()).cpu(), scores.argmax(-1, keepdim=True))
 
 
 def test_a_seed_repeats_and_the_distribution_is_the_models_own() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from awq.kernels.cuda.step.sample import draw, draws
+from awq.kernels.cuda.step.sample import draw, draws, largest
 
 # In the order in which transformers applies them.
 _PLACED: dict[type, tuple[str, str]] = {
@@ -131,14 +131,19 @@ class Sampler:
         """logits [batch, vocabulary] of any float dtype -> the next tokens int64 [batch, 1]."""
         sampling = self.sampling
         if sampling == Sampling():
-            return logits.argmax(-1, keepdim=True)
+            return self._largest(logits)
         scores = self._barred(self._penalized(logits.float()))
-        tokens = self._sample(scores) if sampling.sampled else scores.argmax(-1, keepdim=True)
+        tokens = self._sample(scores) if sampling.sampled else self._largest(scores)
         if sampling.min_new > 0:
             self.made.add_(1)
         if sampling.penalty != 1 and self.seen is not None:
             self.seen[: len(tokens)].scatter_(1, tokens, True)
         return tokens
+
+    def _largest(self, scores: Tensor) -> Tensor:
+        if self.by_kernel and scores.dtype is torch.float32:
+            return largest(scores.contiguous())
+        return scores.argmax(-1, keepdim=True)
 
     def _penalized(self, scores: Tensor) -> Tensor:
         if self.sampling.penalty == 1 or self.seen is None:

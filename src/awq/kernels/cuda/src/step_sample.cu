@@ -1,5 +1,6 @@
-// The next token of every row by its scores and a number of chance: temperature, top-k, top-p, min-p, as transformers
-// defines them. Bound by latency: a block reads its row two to eight times, from the first-level cache where it fits.
+// The next token of every row, by its scores and a number of chance: temperature, top-k, top-p, min-p, as transformers
+// defines them; or, without a number, the largest score's, the first of equals. Bound by latency: a cluster of blocks
+// holds a row in registers, and every pass over it costs one barrier of the cluster and one read of its other blocks.
 //
 // How far a score lies below the largest of its row, divided by the temperature, becomes an integer, its depth, in units of
 // 2^-23; from 255 on all are the same, and never chosen. A token stays if its depth is no more than a limit. That of top-k
@@ -8,28 +9,45 @@
 // Masses are integers, so that no order of additions changes a sum, and a seed repeats.
 #include "common.cuh"
 
-constexpr int WARPS = 32, THREADS = 32 * WARPS, BINS = 2048;
-constexpr u32 LOWEST = 0x7fffffffu;  // the depth of what is never chosen
+#ifndef HELD  // scores of a thread
+#define HELD 4
+#endif
+
+constexpr int BLOCKS = 8, WARPS = 32, THREADS = 32 * WARPS, BINS = 2048;
+constexpr u32 LOWEST = 0x7fffffffu, ABSENT = ~0u;  // the depth of what is never chosen, and of no token
 constexpr float FINENESS = 8388608.f;
 
 struct Params {
   const float* scores;   // [rows][vocabulary]
-  const double* chance;  // [rows] from 0 to 1, without 1
+  const double* chance;  // [rows] from 0 to 1, without 1; null: the largest score
   const float* numbers;  // penalty, tokens that must come, temperature, p of top-p, of min-p
   long long* tokens;     // [rows] result
-  int vocabulary;        // up to 2^18
+  int vocabulary;        // up to HELD times the threads of a cluster
   int top_k, top_p, min_p;  // k, and whether the others are asked for; 0: not
 };
 
 struct Shared {
-  u32 low[BINS], high[BINS];  // sums of counts; or of masses, in two digits of 14 bits
+  uint2 low[2][BINS / 2], high[2][BINS / 2];  // sums of counts; or of masses, in two digits of 14 bits: of this pass, or the next
   u64 sums[WARPS];
-  float most[WARPS];
+  u64 largest, mass;  // of this block
   u32 bin;
   u64 reached;
 };
 
-// The sum of what the threads before this one have, and of what all have.
+// What the other blocks of the cluster wrote before it is there, and what they were to read of this one was read.
+DEVICE void cluster_barrier() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+// A number of this block's shared memory, as another block of the cluster has it.
+DEVICE u64 load_of(const void* mine, int block) {
+  u64 v;
+  asm volatile("{ .reg .u32 r; mapa.shared::cluster.u32 r, %1, %2; ld.shared::cluster.u64 %0, [r]; }"
+               : "=l"(v) : "r"(shared_address(mine)), "r"(block) : "memory");
+  return v;
+}
+
+// The sum of what the threads of this block before this one have, and of what all have.
 DEVICE u64 sum_before(Shared& shared, u64 v, u64& all) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   u64 sum = v, ahead = 0;
@@ -42,7 +60,7 @@ DEVICE u64 sum_before(Shared& shared, u64 v, u64& all) {
   if (lane == 31) shared.sums[warp] = sum;
   __syncthreads();
   all = 0;
-#pragma unroll
+#pragma unroll 8
   for (int i = 0; i < WARPS; i++) {
     u64 of_warp = shared.sums[i];
     if (i < warp) ahead += of_warp;
@@ -51,114 +69,150 @@ DEVICE u64 sum_before(Shared& shared, u64 v, u64& all) {
   return ahead + sum - v;
 }
 
-struct Row {
-  const float* scores;
-  int count;
-  float most, by;  // largest score, and 1 / temperature
-  u32 limit;       // the depth up to which tokens stay
+DEVICE int token_at(int block, int i) { return (i * BLOCKS + block) * THREADS + (int)threadIdx.x; }
 
-  DEVICE u32 depth(float score) const {
-    float d = (most - score) * by;
-    return d < 255.f ? (u32)(d * FINENESS) : LOWEST;
-  }
-  // Every score, eight under way at a time.
-  template <class USE> DEVICE void each(USE use) const {
-    for (int i = threadIdx.x; i < count; i += 8 * THREADS) {
-      float v[8];
+// Score and token as one number: the larger score has the larger, and of equals the first token.
+DEVICE u64 rank_of(float score, int token) {
+  u32 bits = __float_as_uint(score + 0.f);  // -0 is 0
+  return (u64)(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | ~(u32)token;
+}
+DEVICE float score_of(u64 rank) {
+  u32 bits = (u32)(rank >> 32);
+  return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+}
+// The highest rank of the row.
+DEVICE u64 largest(Shared& shared, const float (&scores)[HELD], int block, int vocabulary) {
+  float most = __int_as_float(0xff800000);
+  int token = token_at(block, 0);
 #pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = i + j * THREADS < count ? scores[i + j * THREADS] : 0.f;
+  for (int i = 0; i < HELD; i++)
+    if (token_at(block, i) < vocabulary && scores[i] > most) { most = scores[i]; token = token_at(block, i); }
+  u64 rank = token < vocabulary ? rank_of(most, token) : 0;
 #pragma unroll
-      for (int j = 0; j < 8; j++)
-        if (i + j * THREADS < count) use(v[j]);
-    }
-  }
-};
+  for (int o = 16; o; o >>= 1) rank = max(rank, (u64)__shfl_xor_sync(~0u, rank, o));
+  if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = rank;
+  __syncthreads();
+#pragma unroll 8
+  for (int i = 0; i < WARPS; i++) rank = max(rank, shared.sums[i]);
+  if (threadIdx.x == 0) shared.largest = rank;
+  cluster_barrier();
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) rank = max(rank, load_of(&shared.largest, i));
+  return rank;
+}
 
 // e^-depth, in units of 2^-bits.
 DEVICE float weight(u32 depth) {
   float v;
   asm("ex2.approx.f32 %0, %1;" : "=f"(v) : "f"((float)depth * (-1.442695041f / FINENESS)));
-  return depth == LOWEST ? 0.f : v;
+  return depth < LOWEST ? v : 0.f;
 }
 DEVICE u32 mass(u32 depth) { return min((1u << 28) - 1, (u32)(weight(depth) * 268435456.f + 0.5f)); }
 DEVICE u64 fine_mass(u32 depth) { return (u64)(weight(depth) * 1099511627776.f); }
 
-DEVICE float largest(Shared& shared, const Row& row) {
-  float most = __int_as_float(0xff800000);
-  row.each([&](float v) { most = fmaxf(most, v); });
-#pragma unroll
-  for (int o = 16; o; o >>= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, o));
-  if (threadIdx.x % 32 == 0) shared.most[threadIdx.x / 32] = most;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < WARPS; i++) most = fmaxf(most, shared.most[i]);
-  return most;
-}
+struct Row {
+  u32 depths[HELD];
+  u32 limit;  // the depth up to which tokens stay
+  int turn;   // histograms so far
+};
 
 // The least depth up to which there are so many tokens; MASS: so large a share of the mass.
-template <bool MASS> DEVICE u32 depth_of(Shared& shared, const Row& row, float wanted) {
+template <bool MASS> DEVICE u32 depth_of(Shared& shared, Row& row, float wanted) {
   u64 target = (u64)wanted, reached = 0;
   u32 prefix = 0;
 #pragma unroll 1
-  for (int level = 0; level < 3; level++) {
-    const int shift = level == 0 ? 20 : level == 1 ? 9 : 0, bits = level == 2 ? 9 : 11;
-    for (int i = threadIdx.x; i < BINS; i += THREADS) shared.low[i] = shared.high[i] = 0;
+  for (int level = 0; level < 3; level++, row.turn++) {
+    const int shift = level == 0 ? 20 : level == 1 ? 9 : 0, bits = level == 2 ? 9 : 11, now = row.turn & 1;
+    u32 *low = (u32*)shared.low[now], *high = (u32*)shared.high[now];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      u32 depth = row.depths[i], bin = (depth >> shift) & ((1u << bits) - 1);
+      if (depth > row.limit || depth >> shift >> bits != prefix) continue;
+      u32 m = MASS ? mass(depth) : 1;
+      atomicAdd(&low[bin], MASS ? m & 0x3fffu : m);
+      if (MASS) atomicAdd(&high[bin], m >> 14);
+    }
+    cluster_barrier();
+    shared.low[now ^ 1][threadIdx.x] = shared.high[now ^ 1][threadIdx.x] = make_uint2(0, 0);
     if (threadIdx.x == 0) shared.bin = BINS;
-    __syncthreads();
-    row.each([&](float v) {
-      u32 depth = row.depth(v), bin = (depth >> shift) & ((1u << bits) - 1);
-      if (depth > row.limit || depth >> shift >> bits != prefix) return;
-      if (!MASS) { atomicAdd(&shared.low[bin], 1u); return; }
-      u32 m = mass(depth);
-      atomicAdd(&shared.low[bin], m & 0x3fffu);
-      atomicAdd(&shared.high[bin], m >> 14);
-    });
-    __syncthreads();
-    auto sum_of = [&](int bin) { return shared.low[bin] + ((u64)shared.high[bin] << 14); };
-    const int first = 2 * threadIdx.x;
-    u64 one = sum_of(first), two = sum_of(first + 1), all, before = reached + sum_before(shared, one + two, all);
+    u64 one = 0, two = 0, all;  // of two bins a thread
+#pragma unroll
+    for (int i = 0; i < BLOCKS; i++) {
+      u64 lows = load_of(&shared.low[now][threadIdx.x], i), highs = MASS ? load_of(&shared.high[now][threadIdx.x], i) : 0;
+      one += (u32)lows + ((u64)(u32)highs << 14);
+      two += (lows >> 32) + (highs >> 32 << 14);
+    }
+    const u64 before = reached + sum_before(shared, one + two, all);
     if (MASS && level == 0) target = (u64)((double)wanted * (double)all);
     const bool in_one = before + one >= target;
-    if ((before < target || first == 0) && before + one + two >= target) {
-      shared.bin = in_one ? first : first + 1;
+    if ((before < target || threadIdx.x == 0) && before + one + two >= target) {
+      shared.bin = 2 * threadIdx.x + !in_one;
       shared.reached = in_one ? before : before + one;
     }
     __syncthreads();
-    if (shared.bin == BINS) return row.limit;  // there are fewer
+    if (shared.bin == BINS) {  // there are fewer
+      row.turn++;
+      return row.limit;
+    }
     prefix = prefix << bits | shared.bin;
     reached = shared.reached;
-    __syncthreads();
   }
   return prefix;
 }
 
-// The token at which the mass of all up to it exceeds `chance` of the whole. Thread by thread, and of each in order.
-DEVICE int draw(Shared& shared, const Row& row, double chance) {
-  auto mass_of = [&](float v) { u32 depth = row.depth(v); return depth <= row.limit ? fine_mass(depth) : 0; };
-  u64 mine = 0, all;
-  row.each([&](float v) { mine += mass_of(v); });
-  u64 before = sum_before(shared, mine, all);
-  if (all == 0) return 0;
+// The token at which the mass of all up to it exceeds `chance` of the whole. Block by block, of each thread by thread, and
+// of each in order.
+DEVICE void draw(Shared& shared, const Row& row, int block, double chance, long long& token) {
+  auto mass_of = [&](int i) { return row.depths[i] <= row.limit ? fine_mass(row.depths[i]) : 0; };
+  u64 mine = 0, all = 0, of_block;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) mine += mass_of(i);
+  u64 before = sum_before(shared, mine, of_block);
+  if (threadIdx.x == 0) shared.mass = of_block;
+  cluster_barrier();
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    u64 its = load_of(&shared.mass, i);
+    if (i < block) before += its;
+    all += its;
+  }
   u64 target = min((u64)(chance * (double)all), all - 1);
-  if (before <= target && target < before + mine) { shared.bin = threadIdx.x; shared.reached = before; }
-  __syncthreads();
-  const int found = shared.bin, at = found + threadIdx.x * THREADS;  // its tokens, one a thread
-  target -= shared.reached;
-  mine = at < row.count ? mass_of(row.scores[at]) : 0;
-  before = sum_before(shared, mine, all);
-  if (before <= target && target < before + mine) shared.bin = at;
-  __syncthreads();
-  return shared.bin;
+  if (all == 0 && block == 0 && threadIdx.x == 0) token = 0;
+  if (all == 0 || target < before || target >= before + mine) return;
+  bool found = false;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    before += mass_of(i);
+    if (!found && target < before) { token = token_at(block, i); found = true; }
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_constant__ Params p) {
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(const __grid_constant__ Params p) {
   __shared__ __align__(16) Shared shared;
+  const int block = blockIdx.x % BLOCKS, which = blockIdx.x / BLOCKS;
+  for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
   wait_for_earlier_kernels();
-  Row row = {p.scores + (u64)blockIdx.x * p.vocabulary, p.vocabulary, 0.f, __fdividef(1.f, p.numbers[2]), LOWEST};
-  row.most = largest(shared, row);
-  if (p.top_k && p.top_k < p.vocabulary) row.limit = depth_of<false>(shared, row, (float)p.top_k);
-  if (p.top_p) row.limit = depth_of<true>(shared, row, p.numbers[3]);
-  if (p.min_p) row.limit = min(row.limit, (u32)(fminf(-logf(p.numbers[4]), 255.f) * FINENESS));
-  int token = draw(shared, row, p.chance[blockIdx.x]);
-  if (threadIdx.x == 0) p.tokens[blockIdx.x] = token;
+  float scores[HELD];
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    int token = token_at(block, i);
+    scores[i] = token < p.vocabulary ? load_fresh_float(p.scores + (u64)which * p.vocabulary + token) : 0.f;
+  }
+  const u64 first = largest(shared, scores, block, p.vocabulary);
+  if (!p.chance) {
+    if (block == 0 && threadIdx.x == 0) p.tokens[which] = ~(u32)first;
+  } else {
+    Row row = {{}, LOWEST, 0};
+    const float most = score_of(first), by = __fdividef(1.f, p.numbers[2]);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      float depth = (most - scores[i]) * by;
+      row.depths[i] = token_at(block, i) >= p.vocabulary ? ABSENT : depth < 255.f ? (u32)(depth * FINENESS) : LOWEST;
+    }
+    if (p.top_k && p.top_k < p.vocabulary) row.limit = depth_of<false>(shared, row, (float)p.top_k);
+    if (p.top_p) row.limit = depth_of<true>(shared, row, p.numbers[3]);
+    if (p.min_p) row.limit = min(row.limit, (u32)(fminf(-logf(p.numbers[4]), 255.f) * FINENESS));
+    draw(shared, row, block, p.chance[which], p.tokens[which]);
+  }
+  cluster_barrier();  // no block ends before the others have read what it has
 }
