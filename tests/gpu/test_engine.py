@@ -44,6 +44,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:.*generation flags are not valid.*"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # by what transformers compiles
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # and captures
 ]
 SETTINGS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None}
 

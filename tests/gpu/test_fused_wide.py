@@ -239,7 +239,9 @@ def test_generate(batch: int, length: int) -> None:
         answer = model.generate(tokens, return_dict_in_generate=True, **SETTINGS)
         assert all(likely(model, row, length) for row in answer.sequences)
     longer = torch.cat([answer.sequences, torch.randint(3, 1000, (batch, 5), device=GPU)], 1)
-    longer = model.generate(longer, past_key_values=answer.past_key_values, **SETTINGS)
+    # Without a mask transformers takes a 0 among the answers for padding.
+    shown = {"past_key_values": answer.past_key_values, "attention_mask": torch.ones_like(longer)}
+    longer = model.generate(longer, **shown, **SETTINGS)
     assert all(likely(model, row, length + 25) for row in longer)
     mask = torch.ones_like(tokens)
     for row in range(batch):

@@ -45,7 +45,9 @@ class Graphs:
         return result
 
     def clear(self) -> None:
+        """Forget all. What they gave may still be about: the next graphs have another pool, torch forbids a left one."""
         self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
     def _record(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         graph = torch.cuda.CUDAGraph()
