@@ -67,7 +67,8 @@ def bench_model(
         rows += [bench_float(source.load, target, batch=each, **settings) for each in batches]
     machine = machine_facts(target)
     if file:
-        write_generation(file, checkpoint, rows, machine)
+        variant = (f"{100 * outlier_ratio:g} % outliers" if outlier_ratio else "", f"{head} head" if head else "")
+        write_generation(file, " ".join(filter(None, (checkpoint, *variant))), rows, machine)
     if as_json:
         print_json({"machine": machine, "model": checkpoint, "rows": rows, "refused": refused})
         return

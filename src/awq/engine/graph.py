@@ -45,7 +45,7 @@ class Graphs:
         return result
 
     def clear(self) -> None:
-        """Forget all. What they gave may still be about: the next graphs have another pool, torch forbids a left one."""
+        """Forget all. Some of their results may still be about: torch records nothing more into a pool that is left."""
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
 
