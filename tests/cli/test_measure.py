@@ -270,7 +270,7 @@ def test_a_shape_with_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = run_json("bench", "model", "llama-3-8b", *flags, *SHORT)
     assert [(row["label"], row["batch"], row["tier"]) for row in found["rows"]] == [("GEMV", 1, 1), ("GEMV", 3, 1)]
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    assert [row["model"] for row in rows] == ["llama-3-8b"] * 2
+    assert [row["model"] for row in rows] == ["llama-3-8b 2 % outliers"] * 2
 
 
 def test_an_int8_head_and_what_it_costs(quantized: Path) -> None:
