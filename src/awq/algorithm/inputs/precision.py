@@ -18,7 +18,7 @@ def fast_matmul(enabled: bool = True) -> Iterator[None]:
     """float32 products of bf16 operands, accumulated in float32; those that are not `product`s of tf32 on a GPU.
 
     2.3 x as fast as float32 on a CPU with avx512_bf16 and harmless in the forward and the search; what is accepted is
-    compared outside of this.
+    compared in `fair_matmul`.
     """
     with _precision("medium" if enabled else "highest"):
         yield
