@@ -15,15 +15,16 @@ from awq.algorithm.inputs.activations import Activations, ParkedList
 from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, lifted
 from awq.algorithm.inputs.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.inputs.precision import fast_matmul
-from awq.algorithm.inputs.propagate import Propagation, enter_both, recorded
+from awq.algorithm.inputs.propagate import Propagation, enter_both, recorded, replaced_weights
 from awq.algorithm.inputs.routing import recorded_routing
 from awq.algorithm.inputs.stats import InputStats
+from awq.algorithm.inputs.text import Text
 from awq.algorithm.learn import learn
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
-from awq.algorithm.search.outliers import Budget, keep_plainly
+from awq.algorithm.search.outliers import BlockOutput, Budget, keep_plainly
 from awq.algorithm.search.solution import Linear, Linears, Solution, column_scales
 from awq.algorithm.search.solve import solve, solve_propagated
 from awq.config import QuantConfig
@@ -151,10 +152,13 @@ class BlockLoop:
             while _undone(folds, solutions, block, linears):
                 streams.done.clear()
                 solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
+        output = None
         if config.effort == "max":
             solutions = _learn(streams, solutions, groups, stored_in)
+            output = _output_of(streams) if config.outlier_ratio else None
+        results = _finished(solutions, config, self.budget, output)
         streams.advance()
-        return _finished(solutions, config, self.budget)
+        return results
 
     def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
         """The linears to quantize, with what is known of their inputs."""
@@ -173,11 +177,22 @@ def _plainly(sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
     return results
 
 
-def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget) -> Results:
+def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget, output: BlockOutput | None) -> Results:
     results: Results = {}
     for solution in solutions:
-        results |= finish(solution, budget.spend(solution), config)
+        results |= finish(solution, budget.spend(solution, output), config)
     return results
+
+
+def _output_of(streams: Propagation) -> BlockOutput | None:
+    """What judges a block's kept channels where its linears learned together; None without held-out text."""
+    text = Text(streams)
+
+    def loss_of(weights: Mapping[str, Tensor]) -> float:
+        with replaced_weights(streams.block, streams.done):
+            return text.loss(dict(weights))
+
+    return BlockOutput(loss_of) if text.held_out else None
 
 
 def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, loops: Loops) -> list[Solution]:
