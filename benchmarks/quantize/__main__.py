@@ -1,4 +1,7 @@
-"""How long quantizing takes, from reading to the written checkpoint, and how much memory: a row a run."""
+"""How long quantizing takes, from reading to the written checkpoint, and how much memory: a row a run.
+
+Under torchrun its processes work together, and the first prints the row.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from awq.cli.options import quiet_libraries, torch_device
 from awq.config import QuantConfig
 from awq.errors import AwqError
 from awq.pipeline.recipe import quantize_folder
+from awq.processes import own_device
 from benchmarks.quantize.model import SHAPES, write_model
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None)
@@ -39,19 +43,25 @@ def run(
 ) -> None:
     """Quantize once and print the row."""
     quiet_libraries()
-    place, name = torch_device(device), f"{Path(shape).name}-{blocks or 'all'}"
-    source = write_model(folder / name, shape, blocks) if shape in SHAPES else Path(shape)
-    output = folder / f"{name}-{effort}"
-    shutil.rmtree(output, ignore_errors=True)
-    (evict if cold else warm)(source)
+    place, name = own_device(torch_device(device)), f"{Path(shape).name}-{blocks or 'all'}"
+    source, output = folder / name if shape in SHAPES else Path(shape), folder / f"{name}-{effort}"
+    first = os.environ.get("RANK", "0") == "0"
+    if first:  # the others wait for it when they join
+        if shape in SHAPES:
+            write_model(source, shape, blocks)
+        shutil.rmtree(output, ignore_errors=True)
+        (evict if cold else warm)(source)
     start = time.monotonic()
     config = QuantConfig(effort=effort, group_size=None)
     limits: dict[str, Any] = {"gpu_memory": gpu_memory, "host_memory": host_memory}
     finished = quantize_folder(source, output, config, samples=samples, seq_len=seq_len, device=device, **limits)
     seconds = time.monotonic() - start
+    if not first:
+        return
     row = {
         "model": name,
         "effort": effort,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "tokens": samples * seq_len,
         "page_cache": "cold" if cold else "warm",
         "seconds": round(seconds, 2),
