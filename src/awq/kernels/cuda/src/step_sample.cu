@@ -231,15 +231,17 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
   for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
   wait_for_earlier_kernels();
   let_next_kernel_start();
-  if (threadIdx.x == 0) {
-    shared.made = load_fresh8(p.made + which).x;
-    if (p.chances) shared.chance = *(volatile const double*)(p.chances + shared.made % p.draws * p.rows + which);
-  }
   float scores[HELD];
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     int token = token_at(block, i);
     scores[i] = token < p.vocabulary ? load_fresh_float(p.scores + (u64)which * p.vocabulary + token) : lowest_score();
+  }
+  const float temperature = p.numbers[2];
+  if (threadIdx.x == 0) {  // behind the scores: it waits for one number, or two
+    const u32 made = load_fresh8(p.made + which).x;
+    if (p.chances) shared.chance = *(volatile const double*)(p.chances + made % p.draws * p.rows + which);
+    shared.made = made;
   }
   if (p.seen || p.barred) {
     __syncthreads();
@@ -249,7 +251,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
   int token = block == 0 && threadIdx.x == 0 ? (int)~(u32)first : -1;
   if (p.chances) {
     Row row = {{}, LOWEST, 0};
-    const float most = score_of(first), by = __fdividef(1.f, p.numbers[2]);
+    const float most = score_of(first), by = __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
       float depth = (most - scores[i]) * by;
