@@ -38,10 +38,14 @@ struct Params {
   int top_k, top_p, min_p;  // k, and whether the others are asked for; 0: not
 };
 
+// A number of each block of the cluster, for all of them: pushed to each, which waits for the bytes of all. A barrier of the
+// cluster with reads behind it costs a fence of all memory more, and a second one before any block may end.
+struct Exchange { u64 of[BLOCKS], arrived; };
+
 struct Shared {
   uint2 low[2][BINS / 2], high[2][BINS / 2];  // sums of counts; or of masses, in two digits of 14 bits: of this pass, or the next
   u64 sums[WARPS];
-  u64 largest, mass;  // of this block
+  Exchange largest, masses;
   u32 bin, made;  // made: as in Params, before this token
   u64 reached;
   double chance;
@@ -51,6 +55,25 @@ struct Shared {
 DEVICE void cluster_barrier() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+// The two halves of a barrier that orders nothing but barriers set up (`barrier_init_done`).
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// By one thread, before all of the cluster have met.
+DEVICE void prepare(Exchange& exchange) {
+  barrier_init(shared_address(&exchange.arrived), 1);
+  barrier_expect(shared_address(&exchange.arrived), 8 * BLOCKS);
+}
+// By one thread for each block of the cluster.
+DEVICE void push(Exchange& exchange, u64 v, int from, int block) {
+  asm volatile("{ .reg .u32 to, bar; mapa.shared::cluster.u32 to, %0, %3; mapa.shared::cluster.u32 bar, %2, %3; "
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [to], %1, [bar]; }"
+               ::"r"(shared_address(&exchange.of[from])), "l"(v), "r"(shared_address(&exchange.arrived)), "r"(block) : "memory");
+}
+DEVICE void wait_for(Exchange& exchange) {
+  asm volatile("{ .reg .pred p; WAIT_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0; @p bra DONE_%=; "
+               "bra WAIT_%=; DONE_%=: }" ::"r"(shared_address(&exchange.arrived)) : "memory");
 }
 // A number of this block's shared memory, as another block of the cluster has it.
 DEVICE u64 load_of(const void* mine, int block) {
@@ -118,12 +141,16 @@ DEVICE u64 largest(Shared& shared, const float (&scores)[HELD], int block, int v
   for (int o = 16; o; o >>= 1) rank = max(rank, (u64)__shfl_xor_sync(~0u, rank, o));
   if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = rank;
   __syncthreads();
-#pragma unroll 8
-  for (int i = 0; i < WARPS; i++) rank = max(rank, shared.sums[i]);
-  if (threadIdx.x == 0) shared.largest = rank;
-  cluster_barrier();
+  cluster_wait();
+  if (threadIdx.x < WARPS) {
+    rank = shared.sums[threadIdx.x];
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i++) rank = max(rank, load_of(&shared.largest, i));
+    for (int o = 16; o; o >>= 1) rank = max(rank, (u64)__shfl_xor_sync(~0u, rank, o));
+    if (threadIdx.x < BLOCKS) push(shared.largest, rank, block, threadIdx.x);
+  }
+  wait_for(shared.largest);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) rank = max(rank, shared.largest.of[i]);
   return rank;
 }
 
@@ -194,11 +221,11 @@ DEVICE int draw(Shared& shared, const Row& row, int block) {
 #pragma unroll
   for (int i = 0; i < HELD; i++) mine += mass_of(i);
   u64 before = sum_before(shared, mine, of_block);
-  if (threadIdx.x == 0) shared.mass = of_block;
-  cluster_barrier();
+  if (threadIdx.x < BLOCKS) push(shared.masses, of_block, block, threadIdx.x);
+  wait_for(shared.masses);  // a block that has summed has read all that it will of the others, which may end
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    u64 its = load_of(&shared.mass, i);
+    u64 its = shared.masses.of[i];
     if (i < block) before += its;
     all += its;
   }
@@ -228,7 +255,14 @@ DEVICE void finish(const Params& p, int row, u32 made, int token) {
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(const __grid_constant__ Params p) {
   __shared__ __align__(16) Shared shared;
   const int block = blockIdx.x % BLOCKS, which = blockIdx.x / BLOCKS;
-  for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
+  if (threadIdx.x == 0) {
+    prepare(shared.largest);
+    prepare(shared.masses);
+    barrier_init_done();
+  }
+  cluster_arrive();
+  if (p.chances)
+    for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
   wait_for_earlier_kernels();
   let_next_kernel_start();
   float scores[HELD];
@@ -263,5 +297,4 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THRE
     token = draw(shared, row, block);
   }
   if (token >= 0) finish(p, which, shared.made, token);
-  cluster_barrier();  // no block ends before the others have read what it has
 }
