@@ -199,6 +199,11 @@ def test_the_host_reads_a_place_before_it_is_taken_again() -> None:
     assert PLACES > AHEAD + 1 >= 1
 
 
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    return attach(tiny_llama().cuda()), attach(tiny_llama().cuda())
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -213,18 +218,17 @@ def test_the_host_reads_a_place_before_it_is_taken_again() -> None:
 )
 @pytest.mark.parametrize("batch", [1, 3, 9, 33])
 def test_greedy_tokens_with_and_without_the_kernel(
-    settings: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
+    models: tuple[Any, Any], settings: dict[str, Any], batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, mask = random_tokens(batch, 12).cuda(), torch.ones(batch, 12, dtype=torch.int64, device=GPU)
     for row in range(batch):
         mask[row, : row % 4] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask} | SETTINGS | settings
     found = []
-    for kernel in (True, False):
+    for model, kernel in zip(models, (True, False), strict=True):
         with monkeypatch.context() as patched:
             if not kernel:
                 patched.setattr(sample, "draws", lambda *_: False)
-            model = attach(tiny_llama().cuda())
             found.append([model.generate(**inputs) for _ in range(3)])
             assert model.engine._sampler.by_kernel is kernel
     assert all(torch.equal(one, found[1][0]) for one in found[0])

@@ -1,13 +1,14 @@
 // The end of a decode step: the next token of every row, by its scores and a number of chance: repetition penalty, barred
 // tokens, temperature, top-k, top-p, min-p, as transformers defines them; or, without a number, the largest score's, the
-// first of equals. The thread that finds it leaves all as the next step wants it, and the token in the host's memory: a
-// kernel of its own for each of these, and a copy to the host, took 26 us between two steps. Bound by latency: a cluster of
-// blocks holds a row in registers, and every pass over it costs one barrier of the cluster and one read of its other blocks.
+// first of equals. The thread that finds it leaves all as the next step wants it, and the token in the host's memory: with a
+// kernel of its own for each count, and a copy to the host, 26 us lay between the logits and the next step. Bound by latency:
+// a cluster of blocks holds a row in registers, and every pass over it costs one barrier of the cluster and one read of its
+// other blocks.
 //
 // How far a score lies below the largest of its row, divided by the temperature, becomes an integer, its depth, in units of
-// 2^-23; from 255 on none is ever chosen. A token stays if its depth is no more than a limit. That of top-k
-// is where the number of tokens reaches k, that of top-p where their mass reaches p of the whole: found by histograms of
-// 11, 11 and 9 bits of the depth, one of the tokens in the last one's bin. Equal scores stay or go together.
+// 2^-23; from 255 on none is ever chosen. A token stays if its depth is no more than a limit. That of top-k is where the
+// number of tokens reaches k, that of top-p where their mass reaches p of the whole: found by histograms of 11, 11 and 9
+// bits of the depth, one of the tokens in the last one's bin. Equal scores stay or go together.
 // Masses are integers, so that no order of additions changes a sum, and a seed repeats.
 //
 // A set of tokens is a bit of each: a word for every thread of the cluster, with a bit for every score that it holds.
