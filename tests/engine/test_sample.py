@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from awq.engine.sample import Sampler, Sampling
+from awq.kernels.cuda.step.sample import sets
 from tests.engine.both import WAYS, engined
 from tests.tiny import random_tokens, tiny_llama
 
@@ -68,8 +69,8 @@ def test_the_distribution_is_the_one_of_transformers(settings: dict[str, Any]) -
     sampler = Sampler(ROWS, VOCABULARY, torch.device("cpu"))
     sampler.start(sampling, text.expand(ROWS, -1))
     torch.manual_seed(1)
-    tokens = sampler(logits().expand(ROWS, -1))
-    assert tokens.shape == (ROWS, 1)
+    tokens = torch.zeros(ROWS, 1, dtype=torch.int64)
+    sampler.choose(logits().expand(ROWS, -1), tokens)
     assert chi_square_fits(tokens.flatten().bincount(minlength=VOCABULARY), scores.softmax(-1)[0])
 
 
@@ -137,3 +138,11 @@ def test_numbers_change_without_another_form() -> None:
     first, second = Sampling(True, temperature=0.5, top_p=0.9), Sampling(True, temperature=2.0, top_p=0.8)
     assert first.form == second.form
     assert first.form != Sampling(True, temperature=0.5, top_k=3, top_p=0.9).form
+
+
+@pytest.mark.parametrize("vocabulary", [1, 8192, 20000, 155648])
+def test_a_set_of_tokens_is_a_bit_of_each(vocabulary: int) -> None:
+    tokens = torch.rand(2, vocabulary, generator=torch.Generator().manual_seed(0)) < 0.5
+    words, place = sets(tokens), torch.arange(vocabulary)
+    assert words.shape == (2, 8192)
+    assert torch.equal(words[:, place % 8192] >> (place // 8192) & 1, tokens.int())

@@ -14,9 +14,7 @@ from torch import Tensor
 from awq.bench.models import random_model
 from awq.engine import attach
 from awq.engine.choose import choose
-from awq.engine.sample import Sampler, Sampling
 from awq.errors import OutOfMemoryError
-from awq.kernels.cuda.step.sample import draw, largest
 from awq.storage.load import load_quantized
 from awq.storage.save import save_quantized
 from tests.architectures.families import FAMILIES, Family, tiny
@@ -35,7 +33,6 @@ from tests.engine.test_generate import (  # noqa: F401 - the same tests, of the 
     test_the_cache_grows_on_the_way,
     test_what_is_left_to_transformers,
 )
-from tests.engine.test_sample import FILTERS, ROWS, VOCABULARY, chi_square_fits, logits, processors
 from tests.engine.ties import largest_gap
 from tests.gpu.test_journey import quantized
 from tests.tiny import byte_tokenizer, random_tokens, tiny_llama
@@ -108,73 +105,6 @@ def test_graphs_are_recorded_once() -> None:
     assert count == 2  # a prompt's and a step's
     model.generate(random_tokens(1, 12).cuda(), **SETTINGS)
     assert len(model.engine._cache.graphs) == count
-
-
-@pytest.mark.parametrize("settings", FILTERS, ids=str)
-def test_a_kernel_samples_from_the_distribution_of_transformers(settings: dict[str, Any]) -> None:
-    text, chain = torch.tensor([[3, 17, 17, 5]]), processors(settings)
-    scores, sampling = chain(text, logits().clone()), Sampling.read(chain, True, 4)
-    assert isinstance(sampling, Sampling)
-    sampler = Sampler(ROWS, VOCABULARY, torch.device("cuda", 0))
-    assert sampler.by_kernel
-    sampler.start(sampling, text.expand(ROWS, -1).cuda())
-    torch.manual_seed(1)
-    tokens = sampler(logits().expand(ROWS, -1).cuda())
-    assert tokens.shape == (ROWS, 1)
-    assert chi_square_fits(tokens.flatten().bincount(minlength=VOCABULARY).cpu(), scores.softmax(-1)[0])
-
-
-@pytest.mark.parametrize("settings", [one for one in FILTERS if "penalty" not in one], ids=str)
-@pytest.mark.parametrize("vocabulary", [40, 5000, 32001, 128256])
-def test_chances_in_even_steps_give_every_token_its_probability(settings: dict[str, Any], vocabulary: int) -> None:
-    rows, device = 2000, torch.device("cuda", 0)
-    scores = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
-    scores[:, 1::7] = -torch.inf
-    chain = processors(settings)
-    sampling = Sampling.read(chain, True, 1)
-    assert isinstance(sampling, Sampling)
-    chance = (torch.arange(rows, dtype=torch.float64, device=device) + 0.5) / rows
-    numbers, filters = torch.tensor(sampling.numbers, device=device), (sampling.top_p < 1, sampling.min_p > 0)
-    tokens = draw(scores.expand(rows, -1).contiguous().to(device), chance, numbers, sampling.top_k, *filters)
-    wanted = chain(torch.tensor([[1]]), scores.clone()).double().softmax(-1)[0]
-    counts = tokens.flatten().bincount(minlength=vocabulary).cpu()
-    assert counts[wanted == 0].sum() == 0
-    assert (counts - rows * wanted).abs().max() <= 1.1
-
-
-@pytest.mark.parametrize("vocabulary", [1, 40, 32001, 128256, 151936])
-def test_the_largest_score_is_the_first_of_equals(vocabulary: int) -> None:
-    scores = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)) - 9
-    scores[1] = scores[1].round()
-    scores[2], scores[3] = -torch.inf, -0.0
-    scores[3, vocabulary // 2 :] = 0.0
-    scores[4, -1] = torch.inf
-    assert torch.equal(largest(scores.cuda()).cpu(), scores.argmax(-1, keepdim=True))
-
-
-def test_a_seed_repeats_and_the_distribution_is_the_models_own() -> None:
-    model, rows = attach(tiny_llama().cuda()), 4000
-    settings = {"do_sample": True, "temperature": 4.0, "top_k": 20, "pad_token_id": 0, "eos_token_id": None}
-    prompt = random_tokens(1, 6).cuda()
-
-    def sample(seed: int, count: int, **more: Any) -> Tensor:
-        torch.manual_seed(seed)
-        found: Tensor = model.generate(prompt.expand(count, -1), **settings | more)
-        return found
-
-    for more in ({"top_p": 0.9}, {"top_k": 0, "top_p": 0.8}, {"min_p": 0.1, "repetition_penalty": 1.2}):
-        sample(0, 2, max_new_tokens=30, **more)
-        first = sample(1, 2, max_new_tokens=30, **more)
-        assert not torch.equal(sample(2, 2, max_new_tokens=30, **more), first)
-        assert torch.equal(sample(1, 2, max_new_tokens=30, **more), first)
-    for seed in range(3):
-        tokens = sample(seed, rows, max_new_tokens=3)
-    frequent = tokens[:, 6].bincount().argmax()
-    chosen = tokens[tokens[:, 6] == frequent, 7].cpu()
-    text = torch.cat([prompt, frequent[None, None]], dim=1)
-    with torch.no_grad():
-        scores = processors({"temperature": 4.0, "top_k": 20})(text, model(text).logits[:, -1].float())
-    assert chi_square_fits(chosen.bincount(minlength=300), scores.softmax(-1)[0].cpu())
 
 
 def test_memory_comes_back_with_the_model() -> None:

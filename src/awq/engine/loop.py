@@ -7,7 +7,7 @@ padding, and drops the few steps that were enqueued before it knew. That number 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +86,18 @@ class Run:
 
     def _tokens(self) -> Iterator[list[int]]:
         """The new tokens of every row, step by step; the caller stops when it has seen enough."""
-        waiting: deque[tuple[Tensor, Any]] = deque()
+        waiting: deque[Callable[[], list[int]]] = deque()
+        tokens, sampler = self.cache.tokens[: self.batch], self.sampler
         self._prefill()
-        waiting.append(self._read())
-        for _ in range(1, self.query.max_new):
+        waiting.append(sampler.expect(0, tokens))
+        for number in range(1, self.query.max_new):
             if len(waiting) > self.ahead:
-                yield _arrived(waiting.popleft())
+                yield waiting.popleft()()
+            sampler.prepare(number)
             self._decode()
-            waiting.append(self._read())
+            waiting.append(sampler.expect(number, tokens))
         while waiting:
-            yield _arrived(waiting.popleft())
+            yield waiting.popleft()()
 
     def _prefill(self) -> None:
         """The prompt into the cache, and the first token."""
@@ -177,28 +179,8 @@ class Run:
     def _advance(self) -> None:
         """What is captured: one token of every row through the model, the next one chosen, and the count."""
         cache = self.cache
-        self._choose(self.way.step.decode(cache.tokens[: self.batch], cache.next_positions(), cache))
-        cache.slot.add_(1)
-        cache.positions.add_(1)
+        logits = self.way.step.decode(cache.tokens[: self.batch], cache.next_positions(), cache)
+        self._choose(logits, cache.slot, cache.positions)
 
-    def _choose(self, logits: Tensor) -> None:
-        self.cache.tokens[: self.batch].copy_(self.sampler(logits))
-
-    def _read(self) -> tuple[Tensor, Any]:
-        """A copy of the tokens on its way to the host."""
-        tokens = self.cache.tokens[: self.batch, 0]
-        if tokens.device.type != "cuda":
-            return tokens.clone(), None
-        copy = torch.empty(self.batch, dtype=torch.int64, pin_memory=True)
-        event = torch.cuda.Event()
-        copy.copy_(tokens, non_blocking=True)
-        event.record(torch.cuda.current_stream(tokens.device))
-        return copy, event
-
-
-def _arrived(reading: tuple[Tensor, Any]) -> list[int]:
-    tokens, event = reading
-    if event is not None:
-        event.synchronize()
-    found: list[int] = tokens.tolist()
-    return found
+    def _choose(self, logits: Tensor, *counts: Tensor) -> None:
+        self.sampler.choose(logits, self.cache.tokens[: self.batch], *counts)

@@ -1,43 +1,80 @@
-// The next token of every row, by its scores and a number of chance: temperature, top-k, top-p, min-p, as transformers
-// defines them; or, without a number, the largest score's, the first of equals. Bound by latency: a cluster of blocks
-// holds a row in registers, and every pass over it costs one barrier of the cluster and one read of its other blocks.
+// The end of a decode step: the next token of every row, by its scores and a number of chance: repetition penalty, barred
+// tokens, temperature, top-k, top-p, min-p, as transformers defines them; or, without a number, the largest score's, the
+// first of equals. The thread that finds it leaves all as the next step wants it, and the token in the host's memory: with a
+// kernel of its own for each count, and a copy to the host, 26 us lay between the logits and the next step. Bound by latency:
+// a cluster of blocks holds a row in registers, and every pass over it costs one barrier of the cluster and one read of its
+// other blocks.
 //
 // How far a score lies below the largest of its row, divided by the temperature, becomes an integer, its depth, in units of
-// 2^-23; from 255 on all are the same, and never chosen. A token stays if its depth is no more than a limit. That of top-k
-// is where the number of tokens reaches k, that of top-p where their mass reaches p of the whole: found by histograms of
-// 11, 11 and 9 bits of the depth, one of the tokens in the last one's bin. Equal scores stay or go together.
+// 2^-23; from 255 on none is ever chosen. A token stays if its depth is no more than a limit. That of top-k is where the
+// number of tokens reaches k, that of top-p where their mass reaches p of the whole: found by histograms of 11, 11 and 9
+// bits of the depth, one of the tokens in the last one's bin. Equal scores stay or go together.
 // Masses are integers, so that no order of additions changes a sum, and a seed repeats.
+//
+// A set of tokens is a bit of each: a word for every thread of the cluster, with a bit for every score that it holds.
 #include "common.cuh"
 
 #ifndef HELD  // scores of a thread
 #define HELD 4
 #endif
 
-constexpr int BLOCKS = 8, WARPS = 32, THREADS = 32 * WARPS, BINS = 2048;
-constexpr u32 LOWEST = 0x7fffffffu, ABSENT = ~0u;  // the depth of what is never chosen, and of no token
+constexpr int BLOCKS = 8, WARPS = 32, THREADS = 32 * WARPS, WORDS = BLOCKS * THREADS, BINS = 2048;
+constexpr u32 LOWEST = 0x7fffffffu, NEVER = ~0u;  // depths: beyond that of all tokens, and of what is never chosen
+DEVICE float lowest_score() { return __int_as_float(0xff800000); }
 constexpr float FINENESS = 8388608.f;
 
 struct Params {
-  const float* scores;   // [rows][vocabulary]
-  const double* chance;  // [rows] from 0 to 1, without 1; null: the largest score
-  const float* numbers;  // penalty, tokens that must come, temperature, p of top-p, of min-p
-  long long* tokens;     // [rows] result
-  int vocabulary;        // up to HELD times the threads of a cluster
+  const float* scores;    // [rows][vocabulary]
+  const double* chances;  // [draws][rows] from 0 to 1, without 1, taken in turn; null: the largest score
+  const float* numbers;   // penalty, tokens that come before an end may, temperature, p of top-p, of min-p
+  const u32* barred;      // [2] sets of tokens: that may not come, and that before an end may; null: none
+  u32* seen;              // [rows] sets of tokens: of the text; null: repetition costs nothing
+  long long* tokens;      // [rows] result
+  long long* arrivals;    // [places][arrival_rows] result, in the host's memory, at places taken in turn
+  long long* made;        // [rows] tokens before this one; becomes one more, and so do
+  long long* slot;        // [1], null: not
+  long long* positions;   // [planes][position_rows]
+  int vocabulary;         // up to HELD times the threads of a cluster
+  int rows, draws, places, arrival_rows, planes, position_rows;
   int top_k, top_p, min_p;  // k, and whether the others are asked for; 0: not
 };
+
+// A number of each block of the cluster, for all of them: pushed to each, which waits for the bytes of all. A barrier of the
+// cluster with reads behind it costs a fence of all memory more, and a second one before any block may end.
+struct Exchange { u64 of[BLOCKS], arrived; };
 
 struct Shared {
   uint2 low[2][BINS / 2], high[2][BINS / 2];  // sums of counts; or of masses, in two digits of 14 bits: of this pass, or the next
   u64 sums[WARPS];
-  u64 largest, mass;  // of this block
-  u32 bin;
+  Exchange largest, masses;
+  u32 bin, made;  // made: as in Params, before this token
   u64 reached;
+  double chance;
 };
 
 // What the other blocks of the cluster wrote before it is there, and what they were to read of this one was read.
 DEVICE void cluster_barrier() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+// The two halves of a barrier that orders nothing but barriers set up (`barrier_init_done`).
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// By one thread, before all of the cluster have met.
+DEVICE void prepare(Exchange& exchange) {
+  barrier_init(shared_address(&exchange.arrived), 1);
+  barrier_expect(shared_address(&exchange.arrived), 8 * BLOCKS);
+}
+// By one thread for each block of the cluster.
+DEVICE void push(Exchange& exchange, u64 v, int from, int block) {
+  asm volatile("{ .reg .u32 to, bar; mapa.shared::cluster.u32 to, %0, %3; mapa.shared::cluster.u32 bar, %2, %3; "
+               "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [to], %1, [bar]; }"
+               ::"r"(shared_address(&exchange.of[from])), "l"(v), "r"(shared_address(&exchange.arrived)), "r"(block) : "memory");
+}
+DEVICE void wait_for(Exchange& exchange) {
+  asm volatile("{ .reg .pred p; WAIT_%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0; @p bra DONE_%=; "
+               "bra WAIT_%=; DONE_%=: }" ::"r"(shared_address(&exchange.arrived)) : "memory");
 }
 // A number of this block's shared memory, as another block of the cluster has it.
 DEVICE u64 load_of(const void* mine, int block) {
@@ -80,24 +117,41 @@ DEVICE float score_of(u64 rank) {
   u32 bits = (u32)(rank >> 32);
   return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
+// What repetition costs, and what may not come.
+DEVICE void lower(const Params& p, float (&scores)[HELD], int block, int row, u32 made) {
+  const int word = block * THREADS + threadIdx.x;
+  const u32 seen = p.seen ? load_fresh4(p.seen + row * WORDS + word) : 0;
+  const u32 barred = p.barred ? load_fresh4(p.barred + ((float)made < p.numbers[1] ? WORDS : 0) + word) : 0;
+  const float penalty = p.numbers[0];
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    if (seen >> i & 1) scores[i] = scores[i] < 0.f ? scores[i] * penalty : scores[i] / penalty;
+    if (barred >> i & 1) scores[i] = lowest_score();
+  }
+}
 // The highest rank of the row.
 DEVICE u64 largest(Shared& shared, const float (&scores)[HELD], int block, int vocabulary) {
-  float most = __int_as_float(0xff800000);
-  int token = token_at(block, 0);
+  float most = lowest_score();
+  int which = 0;
 #pragma unroll
   for (int i = 0; i < HELD; i++)
-    if (token_at(block, i) < vocabulary && scores[i] > most) { most = scores[i]; token = token_at(block, i); }
+    if (scores[i] > most) { most = scores[i]; which = i; }
+  const int token = token_at(block, which);
   u64 rank = token < vocabulary ? rank_of(most, token) : 0;
 #pragma unroll
   for (int o = 16; o; o >>= 1) rank = max(rank, (u64)__shfl_xor_sync(~0u, rank, o));
   if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = rank;
   __syncthreads();
-#pragma unroll 8
-  for (int i = 0; i < WARPS; i++) rank = max(rank, shared.sums[i]);
-  if (threadIdx.x == 0) shared.largest = rank;
-  cluster_barrier();
+  cluster_wait();
+  if (threadIdx.x < WARPS) {
+    rank = shared.sums[threadIdx.x];
 #pragma unroll
-  for (int i = 0; i < BLOCKS; i++) rank = max(rank, load_of(&shared.largest, i));
+    for (int o = 16; o; o >>= 1) rank = max(rank, (u64)__shfl_xor_sync(~0u, rank, o));
+    if (threadIdx.x < BLOCKS) push(shared.largest, rank, block, threadIdx.x);
+  }
+  wait_for(shared.largest);
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) rank = max(rank, shared.largest.of[i]);
   return rank;
 }
 
@@ -161,58 +215,87 @@ template <bool MASS> DEVICE u32 depth_of(Shared& shared, Row& row, float wanted)
 }
 
 // The token at which the mass of all up to it exceeds `chance` of the whole. Block by block, of each thread by thread, and
-// of each in order.
-DEVICE void draw(Shared& shared, const Row& row, int block, double chance, long long& token) {
+// of each in order. -1 in every thread but the one that has it.
+DEVICE int draw(Shared& shared, const Row& row, int block) {
   auto mass_of = [&](int i) { return row.depths[i] <= row.limit ? fine_mass(row.depths[i]) : 0; };
   u64 mine = 0, all = 0, of_block;
 #pragma unroll
   for (int i = 0; i < HELD; i++) mine += mass_of(i);
   u64 before = sum_before(shared, mine, of_block);
-  if (threadIdx.x == 0) shared.mass = of_block;
-  cluster_barrier();
+  if (threadIdx.x < BLOCKS) push(shared.masses, of_block, block, threadIdx.x);
+  wait_for(shared.masses);  // a block that has summed has read all that it will of the others, which may end
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    u64 its = load_of(&shared.mass, i);
+    u64 its = shared.masses.of[i];
     if (i < block) before += its;
     all += its;
   }
-  u64 target = min((u64)(chance * (double)all), all - 1);
-  if (all == 0 && block == 0 && threadIdx.x == 0) token = 0;
-  if (all == 0 || target < before || target >= before + mine) return;
-  bool found = false;
+  u64 target = min((u64)(shared.chance * (double)all), all - 1);
+  if (all == 0) return block == 0 && threadIdx.x == 0 ? 0 : -1;
+  int token = -1;
+  if (target < before || target >= before + mine) return token;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     before += mass_of(i);
-    if (!found && target < before) { token = token_at(block, i); found = true; }
+    if (token < 0 && target < before) token = token_at(block, i);
   }
+  return token;
+}
+
+// By the one thread that has the token of its row. What it counts, no other block of the row reads any more.
+DEVICE void finish(const Params& p, int row, u32 made, int token) {
+  p.arrivals[made % p.places * p.arrival_rows + row] = token;  // first: it has the longest way
+  p.tokens[row] = token;
+  p.made[row] = made + 1;
+  if (p.seen) atomicOr(p.seen + row * WORDS + token % WORDS, 1u << token / WORDS);
+  if (!p.slot) return;
+  if (row == 0) atomicAdd((u64*)p.slot, 1ull);
+  for (int i = 0; i < p.planes; i++) atomicAdd((u64*)p.positions + i * p.position_rows + row, 1ull);
 }
 
 extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(THREADS, 1) sample(const __grid_constant__ Params p) {
   __shared__ __align__(16) Shared shared;
   const int block = blockIdx.x % BLOCKS, which = blockIdx.x / BLOCKS;
-  for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
+  if (threadIdx.x == 0) {
+    prepare(shared.largest);
+    prepare(shared.masses);
+    barrier_init_done();
+  }
+  cluster_arrive();
+  if (p.chances)
+    for (int i = 0; i < 2; i++) shared.low[i][threadIdx.x] = shared.high[i][threadIdx.x] = make_uint2(0, 0);
   wait_for_earlier_kernels();
+  let_next_kernel_start();
   float scores[HELD];
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     int token = token_at(block, i);
-    scores[i] = token < p.vocabulary ? load_fresh_float(p.scores + (u64)which * p.vocabulary + token) : 0.f;
+    scores[i] = token < p.vocabulary ? load_fresh_float(p.scores + (u64)which * p.vocabulary + token) : lowest_score();
+  }
+  const float temperature = p.numbers[2];
+  if (threadIdx.x == 0) {  // behind the scores: it waits for one number, or two
+    const u32 made = load_fresh8(p.made + which).x;
+    if (p.chances) shared.chance = *(volatile const double*)(p.chances + made % p.draws * p.rows + which);
+    shared.made = made;
+  }
+  if (p.seen || p.barred) {
+    __syncthreads();
+    lower(p, scores, block, which, shared.made);
   }
   const u64 first = largest(shared, scores, block, p.vocabulary);
-  if (!p.chance) {
-    if (block == 0 && threadIdx.x == 0) p.tokens[which] = ~(u32)first;
-  } else {
+  int token = block == 0 && threadIdx.x == 0 ? (int)~(u32)first : -1;
+  if (p.chances) {
     Row row = {{}, LOWEST, 0};
-    const float most = score_of(first), by = __fdividef(1.f, p.numbers[2]);
+    const float most = score_of(first), by = __fdividef(1.f, temperature);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
       float depth = (most - scores[i]) * by;
-      row.depths[i] = token_at(block, i) >= p.vocabulary ? ABSENT : depth < 255.f ? (u32)(depth * FINENESS) : LOWEST;
+      row.depths[i] = depth < 255.f ? (u32)(depth * FINENESS) : NEVER;
     }
     if (p.top_k && p.top_k < p.vocabulary) row.limit = depth_of<false>(shared, row, (float)p.top_k);
     if (p.top_p) row.limit = depth_of<true>(shared, row, p.numbers[3]);
     if (p.min_p) row.limit = min(row.limit, (u32)(fminf(-logf(p.numbers[4]), 255.f) * FINENESS));
-    draw(shared, row, block, p.chance[which], p.tokens[which]);
+    token = draw(shared, row, block);
   }
-  cluster_barrier();  // no block ends before the others have read what it has
+  if (token >= 0) finish(p, which, shared.made, token);
 }

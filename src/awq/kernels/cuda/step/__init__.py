@@ -1,7 +1,8 @@
 """The kernels of a fused decode step of few rows, each as a `Launch` made once, and what many rows need beside GEMM.
 
-The order of a step is embed, then layer by layer project, attention, accumulate, gated, accumulate, and at last head.
-Each is launched to start before the one ahead of it has ended: see `Launch`. That of many rows is in `wide`.
+The order of a step is embed, then layer by layer project, attention, accumulate, gated, accumulate, at last head, and
+sample, which chooses the token and counts. Each is launched to start before the one ahead of it has ended: see
+`Launch`. That of many rows is in `wide`.
 """
 
 from __future__ import annotations
