@@ -149,6 +149,7 @@ DEVICE uint4 load_fresh16(const void* p) {
 DEVICE uint2 load_fresh8(const void* p) {
   uint2 v; asm volatile("ld.global.cg.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory"); return v;
 }
+DEVICE long long load_number(const long long* p) { uint2 v = load_fresh8(p); return (long long)((u64)v.y << 32 | v.x); }
 DEVICE float load_fresh_float(const void* p) {
   float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v;
 }
