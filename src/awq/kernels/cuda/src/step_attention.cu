@@ -410,31 +410,36 @@ DEVICE bool arrived(const Parcel& from) {
   for (int e = 0; e < 4; e++) all &= from.y[e] != ABSENT;
   return all;
 }
+DEVICE Share opened(const Parcel& from) {
+  const u32 (&y)[4] = from.y;
+  return {__uint_as_float(from.most), __uint_as_float(from.sum),
+          {__uint_as_float(y[0]), __uint_as_float(y[1]), __uint_as_float(y[2]), __uint_as_float(y[3])}};
+}
 
 // What `mine` and the other blocks have, as soon as it is there. first: the first block's share
-DEVICE Share of_blocks(const Params& p, const u32* first, int others, const Share& mine, int at) {
-  const u32 none = __float_as_uint(LOWEST);
-  Parcel parcels[SPLITS];
-  bool all;
-  do {
+DEVICE Share of_blocks(const Params& p, const u32* first, int others, Share mine, int at) {
+  constexpr int TOGETHER = SPLITS > 9 ? 8 : SPLITS > 1 ? SPLITS - 1 : 1;  // more would take registers of the next kernel's blocks
+#pragma unroll 1
+  for (int from = 0; from < others; from += TOGETHER) {
+    Parcel parcels[TOGETHER];
+    bool all;
+    do {
+      all = true;
 #pragma unroll
-    for (int s = 0; s < SPLITS - 1; s++) {
-      parcels[s] = {none, 0, {}};
-      fetch(parcels[s], first + (u64)s * p.each * RESULT_PITCH, at, s < others);
-    }
-    all = true;
+      for (int s = 0; s < TOGETHER; s++) {
+        parcels[s] = {__float_as_uint(LOWEST), 0, {}};
+        fetch(parcels[s], first + (u64)(from + s) * p.each * RESULT_PITCH, at, from + s < others);
+      }
 #pragma unroll
-    for (int s = 0; s < SPLITS - 1; s++) all &= arrived(parcels[s]);
-  } while (!all);
-  Share parts[SPLITS];
-  parts[SPLITS - 1] = mine;
+      for (int s = 0; s < TOGETHER; s++) all &= arrived(parcels[s]);
+    } while (!all);
+    Share parts[TOGETHER + 1];
+    parts[TOGETHER] = mine;
 #pragma unroll
-  for (int s = 0; s < SPLITS - 1; s++) {
-    const u32 (&y)[4] = parcels[s].y;
-    parts[s] = {__uint_as_float(parcels[s].most), __uint_as_float(parcels[s].sum),
-                {__uint_as_float(y[0]), __uint_as_float(y[1]), __uint_as_float(y[2]), __uint_as_float(y[3])}};
+    for (int s = 0; s < TOGETHER; s++) parts[s] = opened(parcels[s]);
+    mine = together(parts);
   }
-  return together(parts);
+  return mine;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_constant__ Params p) {
