@@ -10,17 +10,17 @@ from awq.kernels.cuda.step import ahead as ahead_module
 from awq.kernels.cuda.step.ahead import AHEAD, Ahead, ahead, asked, cache_values, values_of
 from tests.kernels.cuda.test_step_gemv import units_of
 
-FIRST, COUNT = 7, 8  # of the values
 KERNELS = ("qkv", "output", "gate_up", "down")
 
 
 @pytest.mark.parametrize(("rows", "width", "paired"), [(4096, 4096, False), (22016, 4096, True), (4096, 11008, False)])
 def test_parts_lie_one_behind_the_other(rows: int, width: int, paired: bool) -> None:
-    units, end = units_of(rows, width), 0
+    units, end = units_of(rows, width, 3), 0
     for first, count in ((0, 3 * 2**20), (3 * 2**20, 10**6), (3 * 2**20 + 10**6, 2**22)):
         values = Ahead(units, paired, first, count).values(132)
-        codes, affine, tiles, pairs, per_tile, record, blocks, start, taken = values
-        assert codes is units.codes and affine is units.affine and record == 80
+        codes, affine, kept, tiles, pairs, per_tile, record, steps, blocks, start, taken = values
+        assert codes is units.codes and affine is units.affine and kept is units.kept
+        assert (record, steps) == (80, 3 * 512)
         assert (tiles, pairs, per_tile, blocks) == (rows // (32 if paired else 16), paired, -(-width // 256), 132)
         assert start == end and isinstance(taken, int)
         end += taken

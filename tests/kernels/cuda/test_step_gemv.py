@@ -13,7 +13,7 @@ from awq.kernels.cuda.step.ahead import Ahead
 
 GPUS = {"sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
 # Of the values: units from a tile to the next, then what is asked for of its own weight, and of another.
-APART, OWN, NEXT = 25, 26, 35
+APART, OWN, NEXT = 25, 26, 37
 WIDTHS = [64, 4096, 5120, 8192, 11008, 14336, 28672]
 
 

@@ -15,10 +15,11 @@ DEVICE void fetch_to_cache(const void* from, u32 bytes) {
 
 // Of a weight, `count` units of each block that reads it, behind its first `first`.
 struct Ahead {
-  const u8 *codes, *affine;
-  int tiles;        // of the weight, or pairs of them
-  int paired;       // whether a block takes tiles i and tiles + i in turn, as with OUTPUT 2 of gemv.cu
+  const u8 *codes, *affine, *kept;
+  int tiles;          // of the weight, or pairs of them
+  int paired;         // whether a block takes tiles i and tiles + i in turn, as with OUTPUT 2 of gemv.cu
   int units, record;  // of a tile, and bytes of a unit's record
+  int steps;          // bytes of a tile's kept channels, 0 without
   int blocks;
   int first, count;
 };
@@ -34,6 +35,7 @@ DEVICE void fetch_units(const Ahead& a, int block, int first, int count) {
     u64 at = (u64)tile * a.units + unit;
     fetch_to_cache(a.codes + at * UNIT_BYTES, run * UNIT_BYTES);
     fetch_to_cache(a.affine + at * a.record, run * a.record);
+    if (!unit && a.steps) fetch_to_cache(a.kept + (u64)tile * a.steps, a.steps);
     count -= run;
   }
 }

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from awq.kernels.cuda.layout import UNIT_BYTES, Units
 
-# struct Ahead: codes, affine; tiles, paired, units, record, blocks, first, count.
-PARAMS = "2Q7i4x"
+# struct Ahead: codes, affine, kept; tiles, paired, units, record, steps, blocks, first, count.
+PARAMS = "3Q8i"
 # struct CacheAhead: keys, values, slot, first; rows, key_heads, capacity, token, window, most.
 CACHE_PARAMS = "4Q6i"
 # What packs them: tensors stand for their addresses.
@@ -41,12 +41,13 @@ class Ahead:
 
     def values(self, multiprocessors: int) -> Values:
         """Those of PARAMS: whole units of each block."""
-        codes, affine = self.units.codes, self.units.affine
+        codes, affine, kept = self.units.codes, self.units.affine, self.units.kept
         (tiles, units, _), record = codes.shape, affine.shape[2]
         tiles = tiles // 2 if self.paired else tiles
         blocks = min(multiprocessors, tiles)
         first, end = (place // (blocks * (UNIT_BYTES + record)) for place in (self.first, self.first + self.count))
-        return codes, affine, tiles, int(self.paired), units, record, blocks, first, end - first
+        steps = 0 if kept is None else kept[0].nbytes
+        return codes, affine, kept, tiles, int(self.paired), units, record, steps, blocks, first, end - first
 
 
 def ahead(by: str, of: str, units: Units | None) -> Ahead | None:
@@ -70,7 +71,7 @@ def asked(by: str, own: Units, of: str, units: Units | None) -> Asked:
 
 def values_of(part: Ahead | None, multiprocessors: int) -> Values:
     """Those of PARAMS, also of nothing."""
-    return part.values(multiprocessors) if part else (None, None, *[0] * 7)
+    return part.values(multiprocessors) if part else (*[None] * 3, *[0] * 8)
 
 
 def cache_values(keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, window: int | None) -> Values:
