@@ -23,7 +23,6 @@ from awq.engine.fused.step import FusedStep, Weights
 from awq.engine.head import Int8Head
 from awq.kernels.cuda.layout import Gpu, Units, units_to_dense
 from awq.kernels.cuda.step import gemv as step_gemv
-from awq.kernels.cuda.step.ahead import Ahead, Asked, cache_values
 from awq.kernels.cuda.step.attention import Heads, splits_of
 from awq.linear import QuantLinear
 from awq.packing import Outliers, pack
@@ -54,9 +53,7 @@ def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-def project(
-    stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor, _: Asked
-) -> Launched:
+def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launched:
     def run(_: int) -> None:
         assert out.shape == (len(stream), units.out_features) and out.is_contiguous()
         out.copy_(product(normed(stream, norm, epsilon), units, bias))
@@ -64,25 +61,14 @@ def project(
     return run
 
 
-def ahead_of_attention(
-    projection: Launched, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, window: int | None
-) -> Launched:
-    assert cache_values(keys, values, slot, first, window)[4:7] == keys.shape[:3]
-    return projection
-
-
-def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float, asked: Asked) -> Launched:
-    assert all(part is None or part.values(132) for part in asked)
-
+def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float) -> Launched:
     def run(_: int) -> None:
         stream.add_(factor * product(x, units, bias))
 
     return run
 
 
-def gated(
-    stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Any, out: Tensor, name: str, _: Asked
-) -> Launched:
+def gated(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Any, out: Tensor, name: str) -> Launched:
     def run(_: int) -> None:
         gate, up = product(normed(stream, norm, epsilon), units, bias).chunk(2, -1)
         out.copy_(ACTIVATIONS[name](gate) * up)
@@ -90,9 +76,7 @@ def gated(
     return run
 
 
-def attention(qkv: Tensor, heads: Heads, out: Tensor, asked: Ahead | None) -> Any:
-    assert asked is None or asked.paired
-
+def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Any:
     def turned(x: Tensor, norm: Any, position: int) -> Tensor:
         x = normed(x, norm.weight, norm.epsilon) if norm else x
         if heads.rope is None:
@@ -156,7 +140,7 @@ def head(
 
 @pytest.fixture(autouse=True)
 def _played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for played in (project, ahead_of_attention, accumulate, gated, attention, embed, head):
+    for played in (project, accumulate, gated, attention, embed, head):
         monkeypatch.setattr(step_module, played.__name__, played)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     with stub_kernels(monkeypatch):

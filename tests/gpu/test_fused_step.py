@@ -17,8 +17,7 @@ from awq.engine.fused.build import fused_step
 from awq.engine.fused.plan import ACTIVATIONS
 from awq.engine.fused.step import FusedStep
 from awq.kernels.cuda.layout import to_units
-from awq.kernels.cuda.step import ahead, attention, ends, gemv
-from awq.kernels.cuda.step.ahead import AHEAD
+from awq.kernels.cuda.step import attention, ends, gemv
 from awq.kernels.cuda.step.attention import HeadNorm, Heads
 from awq.kernels.cuda.step.launch import OLDEST
 from awq.linear import QuantLinear
@@ -362,29 +361,6 @@ def test_rows_beside_each_other_are_rows_alone(name: str, dtype: torch.dtype) ->
             with torch.inference_mode():
                 true = model(input_ids=tokens[row : row + 1, first:]).logits[0].float()
             assert relative(found[row, first:], true) < limit
-
-
-NOTHING_AHEAD = {of: dict.fromkeys(shares, 0) for of, shares in AHEAD.items()}
-A_LITTLE = {of: dict.fromkeys(shares, 40_000) for of, shares in AHEAD.items()}
-EVERYTHING = {of: dict.fromkeys(shares, 2**24) for of, shares in AHEAD.items()}
-
-
-@pytest.mark.parametrize("padding", [(0,), (1, 7, 0, 2, 11, 3, 0, 5)], ids=len)
-@pytest.mark.parametrize("name", ["Llama-2", "Llama-3", "Mistral"])
-def test_what_is_asked_for_ahead_changes_no_bit(
-    name: str, padding: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = quantized_model(name, torch.float16, kept=5)
-    step = fused_step(model)
-    assert isinstance(step, FusedStep), step
-    tokens, found = torch.randint(3, 1000, (len(padding), 60), device=GPU), []
-    for table in (NOTHING_AHEAD, A_LITTLE, EVERYTHING, AHEAD):
-        monkeypatch.setattr(ahead, "AHEAD", table)
-        step._rows.clear()
-        for run in (plain_run, captured_run):
-            logits = decoded(model, step, tokens, run, padding)
-            found.append([logits[row, first:] for row, first in enumerate(padding)])
-    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("batch", [2, 3, 8])

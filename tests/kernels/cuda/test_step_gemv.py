@@ -9,11 +9,8 @@ import torch
 
 from awq.kernels.cuda.layout import UNIT_K, Gpu, Units
 from awq.kernels.cuda.step import gemv
-from awq.kernels.cuda.step.ahead import Ahead
 
 GPUS = {"sm_90a": 227, "sm_100a": 227, "sm_120a": 99}
-# Of the values: units from a tile to the next, then what is asked for of its own weight, and of another.
-APART, OWN, NEXT = 25, 26, 37
 WIDTHS = [64, 4096, 5120, 8192, 11008, 14336, 28672]
 
 
@@ -49,12 +46,10 @@ def test_parts_are_the_whole(width: int, kept: int, monkeypatch: pytest.MonkeyPa
     made: list[Recorded] = []
     monkeypatch.setattr(gemv, "Launch", lambda *values: made.append(Recorded(*values)) or made[-1])
     units, bias = units_of(32, width, kept), torch.zeros(32).half()
-    behind = units_of(64, 256)
-    asked = Ahead(units, False, 0, 2**20), Ahead(behind, True, 0, 2**20)
     for rows in (1, 2, 8):
         made.clear()
         x, stream = torch.zeros(rows, width).half(), torch.zeros(rows, 32)
-        gemv.accumulate(x, units, bias, stream, 0.5, asked)
+        gemv.accumulate(x, units, bias, stream, 0.5)
         step = gemv.units_at_once(units, 0, rows)
         assert len(made) == -(-units.codes.shape[1] // step) and (rows > 1 or len(made) == 1)
         past = 0
@@ -64,11 +59,9 @@ def test_parts_are_the_whole(width: int, kept: int, monkeypatch: pytest.MonkeyPa
             assert codes.data_ptr() == units.codes.data_ptr() + 2048 * past // UNIT_K
             assert affine.data_ptr() == units.affine.data_ptr() + 80 * past // UNIT_K
             assert some.data_ptr() == x.data_ptr() + 2 * past and (stride, count) == (width, rows)
-            assert out is stream and part.values[APART] == units.codes.shape[1]
+            assert out is stream and part.values[-1] == units.codes.shape[1]
             assert (residual, index, added) == ((None, None, None) if past else (units.kept, units.index, bias))
             past += taken
-            assert (part.values[NEXT] is behind.codes) == (past == width)
-            assert (part.values[OWN] is units.codes) == (len(made) == 1)
         assert past == width
 
 

@@ -13,12 +13,9 @@ from awq.engine.fused.merged import Weights
 from awq.engine.fused.plan import Layer, Plan
 from awq.engine.fused.wide import Ropes, WideStep, heads_of
 from awq.engine.head import Int8Head
-from awq.kernels.cuda.layout import Units
-from awq.kernels.cuda.step.ahead import ahead, asked
-from awq.kernels.cuda.step.attention import Bind, Heads, attention
+from awq.kernels.cuda.step.attention import Bind, attention
 from awq.kernels.cuda.step.ends import embed, head
-from awq.kernels.cuda.step.gemv import accumulate, ahead_of_attention, gated, project
-from awq.kernels.cuda.step.launch import Launch
+from awq.kernels.cuda.step.gemv import accumulate, gated, project
 
 if TYPE_CHECKING:
     from awq.engine.cache import KVCache
@@ -99,50 +96,39 @@ class Rows:
         self.count, self.buffers = count, buffers
         self.stream, self.logits = buffers.stream[:count], buffers.logits[:count]
         self.embed = embed(plan.embedding.detach(), self.stream, plan.embedding_factor)
-        behind = [*(each.qkv.units for each in weights[1:]), None]
-        self.layers = [self._launches(*each) for each in zip(plan.layers, weights, behind, strict=True)]
+        self.layers = [self._launches(layer, each) for layer, each in zip(plan.layers, weights, strict=True)]
         self.head = self._last(plan)
         self.binds: dict[int, list[Bind]] = {}
-        self._attentions = list(zip((layer.attention for layer in plan.layers), weights, strict=True))
+        widths = [(each.qkv.units.out_features, each.output.units.in_features) for each in weights]
+        self._attentions = list(zip((layer.attention for layer in plan.layers), widths, strict=True))
 
     def enqueue(self, tokens: Tensor, positions: Tensor, cache: KVCache, stream: int) -> None:
         self.embed(tokens.view(self.count))(stream)
         for index, ((before, *after), bind) in enumerate(zip(self.layers, self.binds[cache.capacity], strict=True)):
-            window, seen = cache.windows[index], (cache.keys(index), cache.values(index), cache.slot, cache.first)
-            ahead_of_attention(before, *seen, window)(stream)
-            bind(*seen, positions.view(self.count), window)(stream)
+            before(stream)
+            keys, values, window = cache.keys(index), cache.values(index), cache.windows[index]
+            bind(keys, values, cache.slot, cache.first, positions.view(self.count), window)(stream)
             for launch in after:
                 launch(stream)
         self.head(stream)
 
     def bind(self, capacity: int, tables: dict[int, Tensor]) -> None:
-        self.binds[capacity] = [self._attention(heads_of(each, tables), some) for each, some in self._attentions]
+        self.binds[capacity] = [
+            attention(self._part(self.buffers.qkv, wide), heads_of(each, tables), self._part(self.buffers.y, width))
+            for each, (wide, width) in self._attentions
+        ]
 
-    def _attention(self, heads: Heads, weights: Weights) -> Bind:
-        projected = self._part(self.buffers.qkv, weights.qkv.units.out_features)
-        y = self._part(self.buffers.y, weights.output.units.in_features)
-        return attention(projected, heads, y, asked=ahead("attention", "gate_up", weights.gate_up.units))
-
-    def _launches(
-        self, layer: Layer, weights: Weights, behind: Units | None
-    ) -> tuple[Launch, Launched, Launched, Launched]:
-        """behind: the next layer's projection"""
+    def _launches(self, layer: Layer, weights: Weights) -> tuple[Launched, Launched, Launched, Launched]:
         qkv, output, gate_up, down = weights.qkv, weights.output, weights.gate_up, weights.down
         norm, mlp, stream = layer.norm, layer.mlp_norm, self.stream
         projected = self._part(self.buffers.qkv, qkv.units.out_features)
         y = self._part(self.buffers.y, output.units.in_features)
         product = self._part(self.buffers.product, down.units.in_features)
-        asks = (
-            asked("qkv", qkv.units, "output", output.units),
-            asked("output", output.units, "gate_up", gate_up.units),
-            asked("gate_up", gate_up.units, "down", down.units),
-            asked("down", down.units, "qkv", behind),
-        )
         return (
-            project(stream, norm.weight, norm.epsilon, qkv.units, qkv.bias, projected, asks[0]),
-            accumulate(y, output.units, output.bias, stream, layer.output_factor, asks[1]),
-            gated(stream, mlp.weight, mlp.epsilon, gate_up.units, gate_up.bias, product, layer.activation, asks[2]),
-            accumulate(product, down.units, down.bias, stream, layer.down_factor, asks[3]),
+            project(stream, norm.weight, norm.epsilon, qkv.units, qkv.bias, projected),
+            accumulate(y, output.units, output.bias, stream, layer.output_factor),
+            gated(stream, mlp.weight, mlp.epsilon, gate_up.units, gate_up.bias, product, layer.activation),
+            accumulate(product, down.units, down.bias, stream, layer.down_factor),
         )
 
     def _last(self, plan: Plan) -> Launched:

@@ -152,7 +152,6 @@ DEVICE uint2 load_fresh8(const void* p) {
 DEVICE u32 load_fresh4(const void* p) {
   u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v;
 }
-DEVICE long long load_number(const long long* p) { uint2 v = load_fresh8(p); return (long long)((u64)v.y << 32 | v.x); }
 DEVICE float load_fresh_float(const void* p) {
   float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v;
 }

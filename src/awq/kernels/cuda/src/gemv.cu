@@ -31,7 +31,6 @@
 #include "common.cuh"
 #include "dequantize.cuh"
 #include "activation.cuh"  // of OUTPUT 2
-#include "ahead.cuh"
 
 #ifndef GROUP
 #define GROUP 128
@@ -51,7 +50,6 @@
 #ifndef OUTPUT  // 0 y, 1 y added to the residual stream, 2 act(gate) * up
 #define OUTPUT 0
 #endif
-#define AHEAD (AWQ_RING && (NORM || OUTPUT))  // whether the copy warp asks for what later kernels read: see ahead.cuh
 
 constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
@@ -90,8 +88,6 @@ struct Params {
   float factor;        // of OUTPUT 1
   int half;            // tiles of gates of OUTPUT 2
   int apart;           // of OUTPUT 1 and several rows: units from a tile to the next, of which this launch takes some
-  Ahead own, next;     // of this weight and of a later kernel's
-  CacheAhead cache;    // that attention is about to read
 #endif
 };
 
@@ -1047,20 +1043,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
     __syncthreads();
     if (lane == 0) {
       let_next_kernel_start();  // later gained nothing
-#if AHEAD
-      for (int asked = 0; copier.left > 0; asked += WARPS) {
-        fetch_units(p.own, blockIdx.x, p.own.first + asked, min(WARPS, p.own.count - asked));
-        copier.fill(p, s);
-      }
-#else
       while (copier.left > 0) copier.fill(p, s);
-#endif
     }
-#if AHEAD
-    __syncwarp();
-    fetch_cache(p.cache, lane);
-    if (lane == 0) fetch_ahead(p.next);
-#endif
     return;
   }
 #else

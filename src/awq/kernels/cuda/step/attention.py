@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from awq.kernels.cuda.layout import SOURCES, gpu
-from awq.kernels.cuda.step.ahead import PARAMS, Ahead, values_of
 from awq.kernels.cuda.step.launch import Launch
 
 SOURCE = SOURCES / "step_attention.cu"
@@ -26,8 +25,8 @@ _RINGS = ((8, 4), (8, 2), (8, 1))
 _CROWDED = (4, 3)  # where there are more blocks than SMs: several to an SM, so that some copy while others start or end
 
 # struct Params: 11 addresses; qkv_stride; query_at, key_at, value_at, key_heads, group, parts, each,
-# capacity, window, rotary, interleaved; scale and two epsilons; what it asks for ahead of another weight.
-_PARAMS = Struct(f"<11Qq11i3f{PARAMS}")
+# capacity, window, rotary, interleaved; scale and two epsilons.
+_PARAMS = Struct("<11Qq11i3f")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Heads:
 Bind = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int | None], Launch]
 
 
-def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = None, asked: Ahead | None = None) -> Bind:
+def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = None) -> Bind:
     """bind(keys, values, slot, first, position, window) makes the launch that appends to the cache and attends to it.
 
     qkv: [batch, channels]; out: [batch, heads * head_dim], float16 or bfloat16 as the cache
@@ -77,7 +76,6 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = No
     parts = -(-group // _HEADS)
     each, blocks = -(-group // parts), batch * heads.key_heads * parts
     _, multiprocessors, available = gpu(device)
-    ahead = values_of(asked, multiprocessors)
     (warps, units), bf16 = _ring(heads.head_dim, available), qkv.dtype is torch.bfloat16
     if blocks > multiprocessors:
         warps, units = _CROWDED
@@ -104,7 +102,7 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor, shares: Tensor | None = No
         kernel, shares = launch(splits_of(blocks, multiprocessors, capacity, warps * units // 2))
         places = (qkv, keys, values, out, heads.rope, *weights, slot, first, position, shares)
         last = (capacity, window or 0, rotary, int(heads.interleaved))
-        return kernel.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons, *ahead)
+        return kernel.bind(*places, qkv.stride(0), *sizes, *last, heads.scale * math.log2(math.e), *epsilons)
 
     return bind
 

@@ -15,15 +15,13 @@ from torch import Tensor
 from awq.kernels.cuda import gemv
 from awq.kernels.cuda.gemv import MAX_ROWS, SOURCE
 from awq.kernels.cuda.layout import GROUPS, TILE_ROWS, UNIT_K, Shape, Units, gpu
-from awq.kernels.cuda.step.ahead import CACHE_PARAMS, NO_CACHE, NOTHING, PARAMS, Asked, cache_values, values_of
 from awq.kernels.cuda.step.launch import Launch
 
 # What becomes of the gate, and its ACTIVATION.
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
-# struct Params of gemv.cu with what NORM and OUTPUT add: norm, kept_norm; share, epsilon, factor; half, apart; what it
-# asks for ahead of its own weight, of another, and of the cache.
-_PARAMS = Struct(f"<7Qq11i4x2Q3f2i4x{PARAMS}{PARAMS}{CACHE_PARAMS}")
+# struct Params of gemv.cu with what NORM and OUTPUT add: norm, kept_norm; share, epsilon, factor; half, apart.
+_PARAMS = Struct("<7Qq11i4x2Q3f2i4x")
 # In a step the kernels ahead and behind want the memory too, and a ring fills while x is awaited: a block of up to so
 # many units has one stage in flight, a larger one two. Against the plans of single launches a token of Llama-2-7B took
 # 17, 25 and 27 us less for the output, down and gate projections, one of Llama-3-8B 13 and 18 for output and gate.
@@ -31,43 +29,25 @@ _PARAMS = Struct(f"<7Qq11i4x2Q3f2i4x{PARAMS}{PARAMS}{CACHE_PARAMS}")
 _ONE_IN_FLIGHT = 100
 
 
-def project(
-    stream: Tensor,
-    norm: Tensor,
-    epsilon: float,
-    units: Units,
-    bias: Tensor | None,
-    out: Tensor,
-    asked: Asked = NOTHING,
-) -> Launch:
+def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launch:
     """out = RMSNorm(stream) W^T + bias.
 
     norm: float32 [in_features], what the normed stream is multiplied by
     out: [rows, out_features] float16 or bfloat16, contiguous
     """
-    return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon, asked=asked)
+    return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon)
 
 
-def ahead_of_attention(
-    projection: Launch, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, window: int | None
-) -> Launch:
-    """The projection, asking for the keys and values that the attention behind it will see; see `attention`."""
-    return projection.bind_last(*cache_values(keys, values, slot, first, window))
-
-
-def accumulate(
-    x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float, asked: Asked = NOTHING
-) -> Callable[[int], None]:
+def accumulate(x: Tensor, units: Units, bias: Tensor | None, stream: Tensor, factor: float) -> Callable[[int], None]:
     """stream += factor * (x W^T + bias). x: [rows, in_features] float16 or bfloat16
 
     Where the rows have no room in shared memory, a part of their channels after the other.
     """
     whole = _shape(units, x.dtype is torch.bfloat16)
     step = units_at_once(units, x.get_device(), len(x)) or whole.units
-    *starts, last = range(0, whole.units, step)
-    parts = [_launch(x, units, bias, stream, factor=factor, first=first, count=step) for first in starts]
-    asked = (None, asked[1]) if starts else asked  # its own it would take for one that reads whole tiles
-    parts.append(_launch(x, units, bias, stream, factor=factor, first=last, count=step, asked=asked))
+    parts = [
+        _launch(x, units, bias, stream, factor=factor, first=first, count=step) for first in range(0, whole.units, step)
+    ]
 
     def in_turn(stream: int) -> None:
         for part in parts:
@@ -77,14 +57,7 @@ def accumulate(
 
 
 def gated(
-    stream: Tensor,
-    norm: Tensor,
-    epsilon: float,
-    units: Units,
-    bias: Tensor | None,
-    out: Tensor,
-    activation: str,
-    asked: Asked = NOTHING,
+    stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor, activation: str
 ) -> Launch:
     """out = act(gate) * up, with gate and up the halves of RMSNorm(stream) W^T + bias, in this order.
 
@@ -92,7 +65,7 @@ def gated(
     """
     if units.out_features % (2 * TILE_ROWS):
         raise ValueError(f"{units.out_features} rows are no two halves of whole tiles of {TILE_ROWS}")
-    return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon, activation=activation, asked=asked)
+    return _launch(stream, units, bias, out, norm=norm, epsilon=epsilon, activation=activation)
 
 
 def fits(units: Units, device: int, rows: int = 1) -> bool:
@@ -137,7 +110,6 @@ def _launch(
     activation: str | None = None,
     first: int = 0,
     count: int | None = None,
-    asked: Asked = NOTHING,
 ) -> Launch:
     """first, count: the units of each tile that it takes, None for all from the first on."""
     bf16 = torch.bfloat16 in (x.dtype, out.dtype)
@@ -180,8 +152,6 @@ def _launch(
         factor,
         tiles,
         whole.units,
-        *(value for part in asked for value in values_of(part, sms)),
-        *NO_CACHE,
     )
 
 

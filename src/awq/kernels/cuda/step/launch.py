@@ -41,7 +41,7 @@ class Launch:
         kernel = jit.kernel(source, name, gpu(device).arch, defines)
         self._launcher: Any = kernel.launcher(grid, block, shared, struct.size, pdl=jit.programmatic())
         self._struct, self._mapped = struct, mapped
-        self._keep: tuple[Tensor | bytes | float | None, ...] = ()
+        self._keep: tuple[object, ...] = ()
 
     def bind(self, *values: Tensor | bytes | float | None) -> Launch:
         """Pack the parameter struct: tensors as their addresses, tensor maps as they are, None as 0."""
@@ -49,10 +49,6 @@ class Launch:
         numbers = (value.data_ptr() if isinstance(value, Tensor) else value or 0 for value in values)
         self._struct.pack_into(self._launcher.params, 0, *numbers)
         return self
-
-    def bind_last(self, *values: Tensor | bytes | float | None) -> Launch:
-        """`bind` again with these in place of the last ones."""
-        return self.bind(*self._keep[: -len(values)], *values)
 
     def __call__(self, stream: int) -> None:
         self._launcher(stream)
