@@ -94,10 +94,11 @@ def attention(qkv: Tensor, heads: Heads, out: Tensor) -> Any:
         return x
 
     def bind(
-        keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None
+        keys: Tensor, values: Tensor, slot: Tensor, first: Tensor, position: Tensor, window: int | None, slots: int
     ) -> Launched:
         def run(_: int) -> None:
             now, size = int(slot), heads.head_dim
+            assert now < slots <= keys.shape[2]
             at = ((heads.query_at, heads.heads), (heads.key_at, heads.key_heads), (heads.value_at, heads.key_heads))
             assert out.shape == (len(qkv), heads.heads * size) and out.is_contiguous()
             for row, place in enumerate(position.tolist()):
@@ -313,4 +314,4 @@ def test_blocks_that_share_the_tokens_of_a_head() -> None:
         1,
         1,
     ]
-    assert [splits_of(8, 132, capacity, 16) for capacity in (20, 256, 257, 512, 1024)] == [1, 1, 2, 2, 4]
+    assert [splits_of(8, 132, slots, 16) for slots in (20, 256, 257, 512, 1024, 1536)] == [1, 1, 2, 2, 4, 8]

@@ -184,7 +184,7 @@ def test_attention(heads: tuple[int, int, int], batch: int, dtype: torch.dtype) 
         y = poisoned(batch, queries * size, dtype=dtype)
         numbers = [torch.tensor([number] * batch, device=GPU) for number in (slot, first, slot - first)]
         bind = attention.attention(qkv, plan, y)
-        launch = bind(keys, values, numbers[0][:1], *numbers[1:], window)
+        launch = bind(keys, values, numbers[0][:1], *numbers[1:], window, 600)
         enqueue(launch)
         once = y.clone()
         enqueue(launch)  # finds the memory between blocks as the first did

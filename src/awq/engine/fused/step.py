@@ -44,7 +44,7 @@ class FusedStep:
         self._ropes = wider.ropes if wider else Ropes(plan)
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """float32 [batch, vocabulary]; see `Step`. The first call for a batch and a capacity must not be captured."""
+        """float32 [batch, vocabulary]; see `Step`. The first call for a batch and a bucket must not be captured."""
         with torch.cuda.device(self._buffers.stream.get_device()):
             rows = self.rows(len(tokens))
             if cache.capacity not in rows.binds:
@@ -107,7 +107,7 @@ class Rows:
         for index, ((before, *after), bind) in enumerate(zip(self.layers, self.binds[cache.capacity], strict=True)):
             before(stream)
             keys, values, window = cache.keys(index), cache.values(index), cache.windows[index]
-            bind(keys, values, cache.slot, cache.first, positions.view(self.count), window)(stream)
+            bind(keys, values, cache.slot, cache.first, positions.view(self.count), window, cache.bucket)(stream)
             for launch in after:
                 launch(stream)
         self.head(stream)

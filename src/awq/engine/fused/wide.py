@@ -68,7 +68,7 @@ class WideStep:
         self._shares: Tensor | None = None
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """[batch, vocabulary]; see `Step`. The first call for a capacity must not be captured."""
+        """[batch, vocabulary]; see `Step`. The first call for a bucket must not be captured."""
         table = self._plan.embedding
         with torch.cuda.device(table.get_device()):
             heads, current = self._heads(cache), torch.cuda.current_stream().cuda_stream
@@ -79,7 +79,7 @@ class WideStep:
                 y = qkv.new_empty(len(qkv), heads[index].heads * heads[index].head_dim)
                 bind = attention(qkv, heads[index], y, self._shares)
                 keys, values, window = cache.keys(index), cache.values(index), cache.windows[index]
-                bind(keys, values, cache.slot, cache.first, positions.view(len(qkv)), window)(current)
+                bind(keys, values, cache.slot, cache.first, positions.view(len(qkv)), window, cache.bucket)(current)
                 return y
 
             stream = self._embedded(tokens.view(-1))
