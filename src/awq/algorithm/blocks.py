@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.outliers import BlockOutput, Budget, keep_plainly
-from awq.algorithm.search.solution import Linear, Linears, Solution, column_scales
+from awq.algorithm.search.solution import Linear, Linears, Losses, Solution, column_scales
 from awq.algorithm.search.solve import solve, solve_propagated
 from awq.config import QuantConfig
 from awq.structure.blocks import PROBE_TOKENS, find_blocks
@@ -147,18 +148,38 @@ class BlockLoop:
         sets = input_sets(structure, linears)
         if not self._propagates(index):
             return _plainly(sets, config, self.loops)
+        left = self.budget.left
         with every_expert(block, self.chunks):
-            solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
-            while _undone(folds, solutions, block, linears):
+            results, learning, losses = self._propagate(streams, find_passes(sets, like))
+            while _undone(folds, losses, block, linears):
+                self.budget.left = left
                 streams.done.clear()
-                solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
-        output = None
-        if config.effort == "max":
-            solutions = _learn(streams, solutions, groups, stored_in)
+                results, learning, losses = self._propagate(streams, find_passes(sets, like))
+        if learning:
+            learning = _learn(streams, learning, groups, stored_in)
             output = _output_of(streams) if config.outlier_ratio else None
-        results = _finished(solutions, config, self.budget, output)
+            for solution in learning:
+                results |= finish(solution, self.budget.spend(solution, output), config)
         streams.advance()
         return results
+
+    def _propagate(self, streams: Propagation, passes: list[list[Linears]]) -> tuple[Results, list[Solution], Losses]:
+        """Pass after pass in the order of the data, each behind the linears that are quantized.
+
+        A set is finished as it is solved, what was measured of it let go of, but where they go on to learn together.
+        """
+        for stats in {id(one.stats): one.stats for part in chain(*passes) for one in part.values()}.values():
+            stats.move(self.activations)  # asked for again where a set falls back on them
+        results, learning, losses = Results(), list[Solution](), Losses()
+        for together in passes:
+            for solution in _solved(streams, together, self.config, self.loops):
+                losses |= solution.losses
+                if self.config.effort == "max":
+                    learning.append(solution)
+                else:
+                    results |= finish(solution, self.budget.spend(solution), self.config)
+                del solution  # before the next is measured
+        return results, learning, losses
 
     def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
         """The linears to quantize, with what is known of their inputs."""
@@ -177,13 +198,6 @@ def _plainly(sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
     return results
 
 
-def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget, output: BlockOutput | None) -> Results:
-    results: Results = {}
-    for solution in solutions:
-        results |= finish(solution, budget.spend(solution, output), config)
-    return results
-
-
 def _output_of(streams: Propagation) -> BlockOutput | None:
     """What judges a block's kept channels where its linears learned together; None without held-out text."""
     text = Text(streams)
@@ -195,21 +209,17 @@ def _output_of(streams: Propagation) -> BlockOutput | None:
     return BlockOutput(loss_of) if text.held_out else None
 
 
-def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, loops: Loops) -> list[Solution]:
-    """Pass after pass in the order of the data, each behind the linears that are quantized."""
+def _solved(streams: Propagation, sets: list[Linears], config: QuantConfig, loops: Loops) -> Iterator[Solution]:
+    """One pass: the sets measured together, then solved."""
 
     def solve_one(part: Linears, measured: Measured) -> Solution:
         assert measured is not None
         return solve_propagated(part, *measured, config, loops)
 
-    solutions: list[Solution] = []
-    for together in passes:
-        moments = streams.measure([column_scales(part) for part in together])
-        solved = list(solve_dealt(together, moments, config, solve_one))
-        for solution in solved:
-            streams.done.update(solution.weights)
-        solutions += solved
-    return solutions
+    moments = streams.measure([column_scales(part) for part in sets])
+    for solution in solve_dealt(sets, moments, config, solve_one):
+        streams.done.update(solution.weights)
+        yield solution
 
 
 def _learn(
@@ -244,9 +254,8 @@ def _learn(
     return solutions
 
 
-def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
+def _undone(folds: list[Folded], losses: Losses, block: nn.Module, linears: Linears) -> bool:
     """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
     worse = [made for made in folds if made.is_worse(losses)]
     for made in worse:
         made.undo(block, linears)

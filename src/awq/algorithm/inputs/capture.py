@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
 from awq.algorithm.inputs.activations import Activations, Kept, Parked
-from awq.algorithm.inputs.precision import half_forward
+from awq.algorithm.inputs.precision import cast_once, half_forward
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import fold, mine, rounds
 from awq.errors import UnsupportedModelError
@@ -255,10 +255,11 @@ def capture(
         stats.update(dict.fromkeys(names, totals[key]))
         handles.append(linear.register_forward_pre_hook(_adder(parts[key], names[0], like)))
     try:
-        for lane in rounds(chunks, lambda chunk: chunk.number):
-            for chunk in lane:
-                chunk.hidden = chunk.run(index, block, chunk.hidden)
-            fold(list(totals.values()), list(parts.values()))
+        with cast_once(block):
+            for lane in rounds(chunks, lambda chunk: chunk.number):
+                for chunk in lane:
+                    chunk.hidden = chunk.run(index, block, chunk.hidden)
+                fold(list(totals.values()), list(parts.values()))
     finally:
         for handle in handles:
             handle.remove()
