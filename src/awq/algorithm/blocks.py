@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.deal import Measured, solve_dealt
-from awq.algorithm.folded import Folded, is_alone, scale_group
+from awq.algorithm.folded import is_alone, scale_group, undo_worse
 from awq.algorithm.held import IN_MEMORY, Weights
-from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.activations import Activations, ParkedList, ahead
 from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, lifted
 from awq.algorithm.inputs.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.inputs.precision import fast_matmul
@@ -130,8 +130,9 @@ class BlockLoop:
 
     def checksum(self) -> int:
         """Of both streams on all ranks, to compare them bit by bit: the sum of their words."""
-        streams = [part for chunk in self.chunks for part in (chunk.hidden, chunk.quantized) if part is not None]
-        return sum(here().tell(sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)))
+        streams = (part for chunk in self.chunks for part in (chunk.parked, chunk.behind) if part is not None)
+        sums = [part.view(torch.int32).sum(dtype=torch.int64) for part in ahead(list(streams))]
+        return sum(here().tell(sum(torch.stack(sums).tolist()) if sums else 0))
 
     def _propagates(self, index: int) -> bool:
         return self.propagated and self.probe.calls[index] is not None
@@ -151,7 +152,7 @@ class BlockLoop:
         left = self.budget.left
         with every_expert(block, self.chunks):
             results, learning, losses = self._propagate(streams, find_passes(sets, like))
-            while _undone(folds, losses, block, linears):
+            while undo_worse(folds, losses, block, linears):
                 self.budget.left = left
                 streams.done.clear()
                 results, learning, losses = self._propagate(streams, find_passes(sets, like))
@@ -252,15 +253,6 @@ def _learn(
         weight.copy_(before[name])
     streams.done = done
     return solutions
-
-
-def _undone(folds: list[Folded], losses: Losses, block: nn.Module, linears: Linears) -> bool:
-    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    worse = [made for made in folds if made.is_worse(losses)]
-    for made in worse:
-        made.undo(block, linears)
-        folds.remove(made)
-    return bool(worse)
 
 
 def _look(

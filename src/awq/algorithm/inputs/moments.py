@@ -90,6 +90,8 @@ class Moments:
             else:
                 factored = Factored(factor.t())
                 yield {name: _corrected(weight, self.wanted[name], factored) for name, weight in weights.items()}
+                del factored
+            del factor  # before the next is made
 
     def _factor(self, ridge: float) -> Tensor:
         """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
-from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.activations import Activations, ParkedList, ahead
 from awq.algorithm.inputs.capture import Chunk, enter_dealt, in_chunks
 from awq.algorithm.inputs.moments import Moments, missing
 from awq.algorithm.inputs.precision import cast_once, fast_matmul, operand
@@ -90,7 +90,7 @@ class Propagation:
     block: nn.Module
     index: int
     chunks: list[Chunk]
-    inputs: Sequence[Tensor]
+    inputs: ParkedList
     exact: Iterable[Mapping[str, Tensor]] = ()
     residuals: Mapping[str, str] = field(default_factory=dict)
     routing: list[dict[str, Any]] = field(default_factory=list)
@@ -101,8 +101,7 @@ class Propagation:
         return Siblings(self.block)
 
     def __post_init__(self) -> None:
-        shapes = self.inputs.shapes if isinstance(self.inputs, ParkedList) else [x.shape for x in self.inputs]
-        told = here().tell([shape[:-1].numel() for shape in shapes])
+        told = here().tell([shape[:-1].numel() for shape in self.inputs.shapes])
         self.everything = {count for counts in told for count in counts}  # the numbers of tokens in a chunk
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
@@ -143,8 +142,8 @@ class Propagation:
     def entering(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk with what the block is given behind quantized blocks."""
         for index, chunk in enumerate(self.chunks):
-            quantized = chunk.quantized
-            yield chunk, self.inputs[index] if quantized is None else quantized
+            following = range(index, min(index + 2, len(self.chunks)))
+            yield chunk, next(ahead([self.chunks[at].behind or self.inputs.items[at] for at in following]))
 
     def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""

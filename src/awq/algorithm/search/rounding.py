@@ -49,7 +49,7 @@ PLAIN_LOOP = ColumnLoop(round_columns, 32)  # small enough for a CPU's cache
 
 
 class Rounded(NamedTuple):
-    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit, if asked for."""
+    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit, if wanted."""
 
     codes: Tensor
     unrounded: Tensor | None
@@ -71,14 +71,14 @@ def round_compensated(
     own = taken(parts)
     if len(own) == len(parts):
         return _round(weight, grid, order, factor, columns, _sizes(own), unrounded)
-    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight) if unrounded else None)
+    codes, rest = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight) if unrounded else None
     if own:
         rows = slice(own[0].start, own[-1].stop)
         rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own), unrounded)
-        for values, mine in zip(result, rounded, strict=True):
-            if values is not None:
-                values[rows] = mine
-    return Rounded(*(None if values is None else share(parts, values) for values in result))
+        codes[rows] = rounded.codes
+        if rest is not None and rounded.unrounded is not None:
+            rest[rows] = rounded.unrounded
+    return Rounded(share(parts, codes), None if rest is None else share(parts, rest))
 
 
 def _sizes(parts: Sequence[slice]) -> list[int]:
@@ -96,17 +96,14 @@ def _round(
 ) -> Rounded:
     """sizes: of the slabs of rows that make a product each; the column loop takes them all at once"""
     group = order // (weight.shape[1] // grid.scales.shape[1])
-    rest, scales, zeros = (
-        values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
-    )
-    work = _Columns(columns, 2**grid.bits - 1, rest, factor, scales, zeros, sizes)
+    work = _Columns(columns, weight.t()[order], factor, grid, group, sizes)
     with fair_matmul():
         work.round(0, len(order))
     back = order.argsort()
     codes = work.codes[back].t().contiguous()
     if not unrounded:
         return Rounded(codes, None)
-    rest = work.errors.mul_(factor.diagonal().unsqueeze(1)).div_(scales).add_(work.codes)
+    rest = work.errors.mul_(factor.diagonal().unsqueeze(1)).div_(grid.scales.t()[group]).add_(work.codes)
     return Rounded(codes, rest[back].t().contiguous())
 
 
@@ -116,23 +113,23 @@ class _Columns:
     def __init__(
         self,
         loop: ColumnLoop,
-        highest: int,
         rest: Tensor,
         factor: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
+        grid: Affine,
+        group: Tensor,
         sizes: Sequence[int],
     ) -> None:
-        self.loop, self.highest, self.sizes = loop, highest, sizes
-        self.rest, self.factor, self.scales, self.zeros = rest, factor, scales, zeros
+        self.loop, self.highest, self.sizes = loop, 2**grid.bits - 1, sizes
+        self.rest, self.factor, self.group = rest, factor, group
+        self.scales, self.zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
         self.codes, self.errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
 
     def round(self, start: int, stop: int) -> None:
         """Some columns: their first half, which tells the second half in one product, then that."""
         most = self.loop.columns
         if stop - start <= most:
-            part = slice(start, stop)
-            mine = self.rest[part], self.factor[part, part], self.scales[part], self.zeros[part]
+            part, group = slice(start, stop), self.group[start:stop]
+            mine = self.rest[part], self.factor[part, part], self.scales[group], self.zeros[group]
             self.codes[part], self.errors[part] = self.loop.round(*mine, self.highest)
             return
         middle = start + most * (-(-(stop - start) // most) // 2)
@@ -157,5 +154,7 @@ def _inverse_factor(gram: Tensor, order: Tensor) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:
-            return inverted(lower).flip(0, 1)
+            inverse = inverted(lower)
+            del lower
+            return inverse.flip(0, 1)
     return None

@@ -98,7 +98,9 @@ def _rounded(
         torch.cat([grid.zeros for grid in grids.values()]),
         next(iter(grids.values())).bits,
     )
-    together = round_compensated(torch.cat(list(targets.values())), gram, joined, columns, learned)
+    weights = list(targets.values())
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    together = round_compensated(weight, gram, joined, columns, learned)
     if together is None:
         return {}
     rows = [len(target) for target in targets.values()]
