@@ -74,7 +74,8 @@ def test_kept_channels_lower_the_loss_of_the_block_that_learned(learned: Any) ->
     held = TEXT[torch.arange(len(TEXT)) % 7 == 6]
     with torch.no_grad():
         exact, before, after = (
-            one(input_ids=held, output_hidden_states=True).hidden_states[1] for one in (tiny_llama(), model, with_channels)
+            one(input_ids=held, output_hidden_states=True).hidden_states[1]
+            for one in (tiny_llama(), model, with_channels)
         )
     assert (after - exact).square().sum() < (before - exact).square().sum()
 

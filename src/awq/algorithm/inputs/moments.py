@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product, product
+from awq.algorithm.inputs.precision import add_gram, add_product, mirror, product
 from awq.algorithm.inputs.systems import Factored
 from awq.algorithm.ranks import by_rows, by_turns, here
 
@@ -62,7 +62,7 @@ class Moments:
 
         count: what the rows count together, where some are multiplied by the root of a weight
         """
-        add_product(self.gram, x.t(), x)
+        add_gram(self.gram, x)
         self.tokens += x.shape[0] if count is None else count
         for name, t in missing.items():
             add_product(self.wanted[name], t.t(), x)
@@ -73,6 +73,7 @@ class Moments:
         for total in self.tensors():
             here().complete(total)
             total /= self.tokens or 1
+        mirror(self.gram)
 
     def inputs_alone(self) -> Moments:
         """These without what only the search for a target needs."""

@@ -92,6 +92,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Non
         total.addmm_(a, b, alpha=factor)
 
 
+def add_gram(total: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    """total += factor * x^T x, as exact as `add_product`; left of the blocks on the diagonal it is left to `mirror`."""
+    x = operand(x)
+    for start in range(0, len(total), _COLUMNS):
+        some = slice(start, start + _COLUMNS)
+        add_product(total[some, start:], x[:, some].t(), x[:, start:], factor)
+
+
+def mirror(total: Tensor) -> None:
+    """Complete a sum of `add_gram`s."""
+    for start in range(0, len(total), _COLUMNS):
+        stop = start + _COLUMNS
+        total[stop:, start:stop] = total[start:stop, stop:].t()
+
+
 def _parts(values: Tensor) -> tuple[Tensor, Tensor]:
     """Two tensors of the sum `values`, the first exact in tf32."""
     high = (values.view(torch.int32) & _TF32).view(torch.float32)

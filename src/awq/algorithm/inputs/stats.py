@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from awq.algorithm.inputs.activations import Activations, Kept
-from awq.algorithm.inputs.precision import add_product
+from awq.algorithm.inputs.precision import add_gram, mirror
 from awq.algorithm.ranks import here
 
 
@@ -37,7 +37,7 @@ class InputStats:
 
     def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        add_product(self.gram, x.t(), x, weight)
+        add_gram(self.gram, x, weight)
         self.mean_abs += x.abs().sum(0, dtype=torch.float32) * weight
         self.tokens += x.shape[0] * weight
 
@@ -48,6 +48,7 @@ class InputStats:
         for total in self.tensors():
             here().complete(total)
             total /= self.tokens or 1
+        mirror(self.gram)
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""
