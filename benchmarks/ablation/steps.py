@@ -33,14 +33,14 @@ def _own_targets() -> Iterator[None]:
     """A linear is fitted to what its own weight gives for the input behind quantized linears."""
     measure = Propagation.measure
 
-    def measure_without_drift(self: Propagation, sets: Sequence[Mapping[str, Tensor]]) -> Measured:
+    def measure_without_targets(self: Propagation, sets: Sequence[Mapping[str, Tensor]]) -> Measured:
         results = measure(self, sets)
         for fit, _ in results:
-            fit.drift.zero_()
-            fit.lag.clear()
+            for wanted in fit.wanted.values():
+                wanted.zero_()
         return results
 
-    with patch.object(Propagation, "measure", measure_without_drift):
+    with patch.object(Propagation, "measure", measure_without_targets):
         yield
 
 

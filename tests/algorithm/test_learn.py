@@ -6,6 +6,7 @@ from torch import Tensor
 
 from awq.algorithm import blocks as blocks_module
 from awq.algorithm import learn as learn_module
+from awq.algorithm.inputs.activations import ParkedList
 from awq.algorithm.inputs.capture import Call, Chunk
 from awq.algorithm.inputs.propagate import Propagation
 from awq.algorithm.inputs.text import Batch, Text
@@ -162,7 +163,8 @@ def test_calls_that_differ_are_not_one() -> None:
     def batch(*masks: Tensor) -> Batch:
         calls = [Call((), {"mask": mask, "cache": None}) for mask in masks]
         chunks = [Chunk(torch.ones(2), [call], number=number) for number, call in enumerate(calls)]
-        return Batch(Text(Propagation(torch.nn.Identity(), 0, chunks, [chunk.hidden for chunk in chunks], [], {}, [])))
+        inputs = ParkedList([chunk.parked for chunk in chunks])
+        return Batch(Text(Propagation(torch.nn.Identity(), 0, chunks, inputs)))
 
     ones, twos = torch.ones(3), torch.full((3,), 2.0)
     assert batch(ones, ones.clone()).uniform

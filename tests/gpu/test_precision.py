@@ -3,8 +3,16 @@
 import pytest
 import torch
 
-from awq.algorithm.inputs.precision import add_product, fast_matmul, half_forward, operand, product
-from awq.algorithm.inputs.systems import Factored
+from awq.algorithm.inputs.precision import (
+    add_gram,
+    add_product,
+    fast_matmul,
+    half_forward,
+    mirror,
+    operand,
+    product,
+)
+from awq.algorithm.inputs.systems import Factored, inverted
 
 pytestmark = pytest.mark.gpu
 
@@ -56,3 +64,21 @@ def test_a_forward_is_halved_within_fast_products_only() -> None:
         assert linear(x).dtype == torch.bfloat16
     with fast_matmul(enabled=False), half_forward(x.device):
         assert linear(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("width", [64, 2048, 11008])
+def test_grams_are_products(width: int) -> None:
+    x, total = torch.randn(300, width, device="cuda"), torch.zeros(width, width, device="cuda")
+    with fast_matmul():
+        add_gram(total, x)
+        add_gram(total, x, 2)
+    mirror(total)
+    wanted = 3 * x.bfloat16().float().t() @ x.bfloat16().float()
+    assert (total - wanted).norm() < 1e-5 * wanted.norm()
+    assert torch.equal(total.triu(2048), total.tril(-2048).t())
+
+
+@pytest.mark.parametrize("size", [5, 1024, 1025, 3000])
+def test_triangles_are_inverted_by_products(size: int) -> None:
+    lower = torch.randn(size, size, device="cuda").tril(-1) / size + torch.eye(size, device="cuda")
+    assert (inverted(lower).double() @ lower.double() - torch.eye(size, device="cuda")).norm() < 1e-4

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from awq.algorithm.deal import Measured, solve_dealt
-from awq.algorithm.folded import Folded, is_alone, scale_group
+from awq.algorithm.folded import is_alone, scale_group, undo_worse
 from awq.algorithm.held import IN_MEMORY, Weights
-from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.activations import Activations, ParkedList, ahead
 from awq.algorithm.inputs.capture import Chunk, capture, enter_dealt, enter_model, lifted
 from awq.algorithm.inputs.coverage import Counts, counted, every_expert, in_all
 from awq.algorithm.inputs.precision import fast_matmul
@@ -25,7 +26,7 @@ from awq.algorithm.ranks import here
 from awq.algorithm.result import QuantizedLinear, Results, finish
 from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.outliers import BlockOutput, Budget, keep_plainly
-from awq.algorithm.search.solution import Linear, Linears, Solution, column_scales
+from awq.algorithm.search.solution import Linear, Linears, Losses, Solution, column_scales
 from awq.algorithm.search.solve import solve, solve_propagated
 from awq.config import QuantConfig
 from awq.structure.blocks import PROBE_TOKENS, find_blocks
@@ -129,8 +130,9 @@ class BlockLoop:
 
     def checksum(self) -> int:
         """Of both streams on all ranks, to compare them bit by bit: the sum of their words."""
-        streams = [part for chunk in self.chunks for part in (chunk.hidden, chunk.quantized) if part is not None]
-        return sum(here().tell(sum(int(part.view(torch.int32).sum(dtype=torch.int64)) for part in streams)))
+        streams = (part for chunk in self.chunks for part in (chunk.parked, chunk.behind) if part is not None)
+        sums = [part.view(torch.int32).sum(dtype=torch.int64) for part in ahead(list(streams))]
+        return sum(here().tell(sum(torch.stack(sums).tolist()) if sums else 0))
 
     def _propagates(self, index: int) -> bool:
         return self.propagated and self.probe.calls[index] is not None
@@ -147,18 +149,38 @@ class BlockLoop:
         sets = input_sets(structure, linears)
         if not self._propagates(index):
             return _plainly(sets, config, self.loops)
+        left = self.budget.left
         with every_expert(block, self.chunks):
-            solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
-            while _undone(folds, solutions, block, linears):
+            results, learning, losses = self._propagate(streams, find_passes(sets, like))
+            while undo_worse(folds, losses, block, linears):
+                self.budget.left = left
                 streams.done.clear()
-                solutions = _propagate(streams, find_passes(sets, like), config, self.loops)
-        output = None
-        if config.effort == "max":
-            solutions = _learn(streams, solutions, groups, stored_in)
+                results, learning, losses = self._propagate(streams, find_passes(sets, like))
+        if learning:
+            learning = _learn(streams, learning, groups, stored_in)
             output = _output_of(streams) if config.outlier_ratio else None
-        results = _finished(solutions, config, self.budget, output)
+            for solution in learning:
+                results |= finish(solution, self.budget.spend(solution, output), config)
         streams.advance()
         return results
+
+    def _propagate(self, streams: Propagation, passes: list[list[Linears]]) -> tuple[Results, list[Solution], Losses]:
+        """Pass after pass in the order of the data, each behind the linears that are quantized.
+
+        A set is finished as it is solved, what was measured of it let go of, but where they go on to learn together.
+        """
+        for stats in {id(one.stats): one.stats for part in chain(*passes) for one in part.values()}.values():
+            stats.move(self.activations)  # asked for again where a set falls back on them
+        results, learning, losses = Results(), list[Solution](), Losses()
+        for together in passes:
+            for solution in _solved(streams, together, self.config, self.loops):
+                losses |= solution.losses
+                if self.config.effort == "max":
+                    learning.append(solution)
+                else:
+                    results |= finish(solution, self.budget.spend(solution), self.config)
+                del solution  # before the next is measured
+        return results, learning, losses
 
     def _linears(self, block: nn.Module, index: int, stats: dict[str, InputStats]) -> Linears:
         """The linears to quantize, with what is known of their inputs."""
@@ -177,13 +199,6 @@ def _plainly(sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
     return results
 
 
-def _finished(solutions: list[Solution], config: QuantConfig, budget: Budget, output: BlockOutput | None) -> Results:
-    results: Results = {}
-    for solution in solutions:
-        results |= finish(solution, budget.spend(solution, output), config)
-    return results
-
-
 def _output_of(streams: Propagation) -> BlockOutput | None:
     """What judges a block's kept channels where its linears learned together; None without held-out text."""
     text = Text(streams)
@@ -195,21 +210,17 @@ def _output_of(streams: Propagation) -> BlockOutput | None:
     return BlockOutput(loss_of) if text.held_out else None
 
 
-def _propagate(streams: Propagation, passes: list[list[Linears]], config: QuantConfig, loops: Loops) -> list[Solution]:
-    """Pass after pass in the order of the data, each behind the linears that are quantized."""
+def _solved(streams: Propagation, sets: list[Linears], config: QuantConfig, loops: Loops) -> Iterator[Solution]:
+    """One pass: the sets measured together, then solved."""
 
     def solve_one(part: Linears, measured: Measured) -> Solution:
         assert measured is not None
         return solve_propagated(part, *measured, config, loops)
 
-    solutions: list[Solution] = []
-    for together in passes:
-        moments = streams.measure([column_scales(part) for part in together])
-        solved = list(solve_dealt(together, moments, config, solve_one))
-        for solution in solved:
-            streams.done.update(solution.weights)
-        solutions += solved
-    return solutions
+    moments = streams.measure([column_scales(part) for part in sets])
+    for solution in solve_dealt(sets, moments, config, solve_one):
+        streams.done.update(solution.weights)
+        yield solution
 
 
 def _learn(
@@ -242,16 +253,6 @@ def _learn(
         weight.copy_(before[name])
     streams.done = done
     return solutions
-
-
-def _undone(folds: list[Folded], solutions: list[Solution], block: nn.Module, linears: Linears) -> bool:
-    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
-    losses = {name: both for solution in solutions for name, both in solution.losses.items()}
-    worse = [made for made in folds if made.is_worse(losses)]
-    for made in worse:
-        made.undo(block, linears)
-        folds.remove(made)
-    return bool(worse)
 
 
 def _look(

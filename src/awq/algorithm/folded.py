@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.search.loops import PLAIN_LOOPS, Loops
 from awq.algorithm.search.scale import Consumer, search_scale
-from awq.algorithm.search.solution import Linears
+from awq.algorithm.search.solution import Linears, Losses
 from awq.config import QuantConfig
 from awq.structure.groups import ScaleGroup, fold
 from awq.structure.siblings import Siblings
@@ -43,7 +43,7 @@ class Folded:
         folded._note(linears, folded.columns, scale)
         return folded
 
-    def is_worse(self, losses: Mapping[str, tuple[float, float]]) -> bool:
+    def is_worse(self, losses: Losses) -> bool:
         """Whether a consumer lost more than plain rounding would have; `losses` holds both, by linear."""
         found = (losses[name] for name in self.group.consumers if name in losses)
         return any(loss > rounding * (1 + SLACK) for loss, rounding in found)
@@ -72,6 +72,15 @@ class Folded:
             consumer.scale_input(columns, shared[key], self.group.producer)
         if self.group.producer in linears:
             self.group.rows(linears[self.group.producer].row_scale).mul_(scale.view(self.group.parts, -1))
+
+
+def undo_worse(folds: list[Folded], losses: Losses, block: nn.Module, linears: Linears) -> bool:
+    """Take back the folds under which held-out text finds a linear worse than rounded plainly; whether there were."""
+    worse = [made for made in folds if made.is_worse(losses)]
+    for made in worse:
+        made.undo(block, linears)
+        folds.remove(made)
+    return bool(worse)
 
 
 def is_alone(block: nn.Module, group: ScaleGroup, shared: Collection[int]) -> bool:

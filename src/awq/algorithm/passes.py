@@ -42,7 +42,8 @@ def _within(sets: list[Linears], limit: int) -> Iterator[list[Linears]]:
     group: list[Linears] = []
     size = 0
     for part in sets:
-        needed = 16 * next(iter(part.values())).weight.shape[1] ** 2  # two Moments of two float32 matrices
+        width = next(iter(part.values())).weight.shape[1]
+        needed = 8 * width * (width + sum(len(one.weight) for one in part.values()))  # two Moments in float32
         if group and size + needed > limit:
             yield group
             group, size = [], 0

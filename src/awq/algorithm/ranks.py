@@ -171,4 +171,5 @@ def by_turns(works: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Te
     for first in range(0, len(works), ranks.size):
         group = works[first : first + ranks.size]
         own = [work() if number == ranks.rank else torch.empty_like(like) for number, work in enumerate(group)]
-        yield from (ranks.hand_out(result, source) for source, result in enumerate(own))
+        for source in range(len(own)):
+            yield ranks.hand_out(own.pop(0), source)  # not held any longer

@@ -6,17 +6,21 @@ import math
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.inputs.activations import Activations, Room
+from awq.algorithm.inputs.activations import LEAVING, Activations, Room
 from awq.algorithm.inputs.capture import CHUNK_TOKENS
+from awq.algorithm.passes import PASS_BYTES
+from awq.algorithm.ranks import here
 from awq.config import QuantConfig
 from awq.errors import AwqError, ConfigError
-from awq.structure.linears import linear_shape
+from awq.structure.linears import LinearShape, linear_shape
+from awq.structure.siblings import Siblings
 
 SHARE = 0.9  # of what is free: others may want some
 BASE = 1 << 30  # of host memory: Python and its libraries
@@ -36,7 +40,8 @@ def plan_activations(blocks: nn.ModuleList, config: QuantConfig, tokens: torch.S
 
     ConfigError where not even that block fits.
     """
-    needed = max(block_bytes(block, config, tokens) for block in blocks)
+    gpu = place.device.type == "cuda"
+    needed = max(block_bytes(block, config, tokens) for block in blocks) + (LEAVING if gpu else 0)
     most = place.device_bytes()
     if needed > most:
         raise ConfigError(
@@ -44,31 +49,58 @@ def plan_activations(blocks: nn.ModuleList, config: QuantConfig, tokens: torch.S
             f"may be used: free some, raise {place.option}, choose another --device, or --effort fast, which needs "
             "less."
         )
-    host = place.host_bytes() - BASE - needed // 8 if place.device.type == "cuda" else 0
-    return Activations(Room(most - needed), Room(max(0, host)), place.spill)
+    host = place.host_bytes() - BASE - needed // 8 if gpu else 0
+    often = min(most - needed, _stream_bytes(blocks, tokens)) if gpu and config.effort != "fast" else 0
+    return Activations(Room(most - needed - often), Room(max(0, host)), place.spill, Room(often))
 
 
 def block_bytes(block: nn.Module, config: QuantConfig, tokens: torch.Size) -> int:
     """What is alive at the peak while a block is solved, estimated from shapes.
 
-    Counted on a block of Llama (widths 512 and 1408): for each weight its float32 value, codes, target and rounded
-    value, for each input its Gram matrices, and what a step makes on the way.
+    Counted on blocks of Llama's proportions, as a GPU takes them. In the search for scales it is, for each weight, its
+    float32 value and codes, for each input its Gram matrix, twice, and what a step makes on the way. Behind quantized
+    linears it is for each weight its float32 value, codes and rounded value, in float32 and as a forward casts it, and
+    the moments of the input with the largest: three of them while they are measured, two while its linears are solved.
     """
-    shapes = [shape for module in block.modules() if (shape := linear_shape(module))]
+    shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module))}
     if not shapes:
         return 0
     weights = sum(parameter.numel() for parameter in block.parameters())
-    largest = max(map(math.prod, shapes))
-    widths = Counter(shape.in_features for shape in shapes)
-    hidden = widths.most_common(1)[0][0]
-    inputs = widths | {hidden: math.ceil(widths[hidden] / 2)}  # q, k and v read one, gate and up another
-    grams = sum(4 * width**2 * count for width, count in inputs.items())
-    forward = 4 * max(CHUNK_TOKENS, tokens[1]) * 4 * (max(widths) + hidden)
+    inputs = Counter(shape.in_features for shape in shapes.values())
+    largest, widest, hidden = max(map(math.prod, shapes.values())), max(inputs), _hidden(block)
+    forward = 4 * max(CHUNK_TOKENS, tokens[1]) * 4 * (widest + hidden)
     ahead = 2 * weights
+    inputs[hidden] = math.ceil(inputs[hidden] / 2)  # q, k and v read one, gate and up another
+    grams = sum(4 * width**2 * count for width, count in inputs.items())
+    scaled = 5 * weights + 2 * grams + max(32 * largest, forward)
     if config.effort == "fast":
-        return ahead + 5 * weights + 2 * grams + max(32 * largest, forward)
-    learned = 20 * weights + 12 * tokens.numel() * hidden if config.effort == "max" else 0
-    return ahead + 14 * weights + 5 * grams + 8 * max(widths) ** 2 + max(8 * largest, forward) + learned
+        return ahead + scaled
+    moments = _moments(block, shapes)
+    solved = 11 * weights + max(3 * moments + forward, 2 * moments + 8 * widest**2 + 12 * largest)
+    learned = 2 * grams + 33 * weights + 12 * tokens.numel() * hidden if config.effort == "max" else 0
+    return ahead + max(scaled, solved + learned)
+
+
+def _moments(block: nn.Module, shapes: Mapping[str, LinearShape]) -> int:
+    """The largest moments that are measured at once: of linears with one input, or of experts in one pass."""
+    like, rows, experts = Siblings(block), Counter[int](), 0
+    for name, (width, out) in shapes.items():
+        if like.place(name):
+            experts += 4 * width * (width + out)
+        else:
+            rows[width] += out
+    return max(min(experts, PASS_BYTES // 2), *(4 * width * (width + out) for width, out in rows.items()))
+
+
+def _stream_bytes(blocks: nn.ModuleList, tokens: torch.Size) -> int:
+    """What each process has of the hidden states between two blocks."""
+    return 4 * tokens.numel() * max(map(_hidden, blocks)) // here().size
+
+
+def _hidden(block: nn.Module) -> int:
+    """The width that most linears of `block` read."""
+    found = Counter(shape.in_features for module in block.modules() if (shape := linear_shape(module)))
+    return found.most_common(1)[0][0] if found else 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.moments import RESIDUAL, RIDGES, Moments
+from awq.algorithm.inputs.moments import RESIDUAL, RIDGES, Moments, missing
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -15,12 +15,10 @@ def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def measured(exact: Tensor, x: Tensor, lag: Tensor | None, weight: Tensor, parts: int = 1) -> Moments:
-    moments = Moments.empty(32, torch.device("cpu"))
+    moments = Moments.empty(32, torch.device("cpu"), {"linear": len(weight)})
     lags = [None] * parts if lag is None else lag.chunk(parts)
     for e, part, g in zip((exact - x).chunk(parts), x.chunk(parts), lags, strict=True):
-        named = {} if g is None else {"linear": g}
-        moments.add(part, e, named)
-        moments.add_missed({"linear": weight}, e, named)
+        moments.add(part, {"linear": missing(weight, e, g)}, judged=True)
     moments.finish()
     return moments
 
@@ -33,7 +31,7 @@ def test_the_loss_is_the_distance_to_the_target(writes: bool, parts: int) -> Non
     trial = weight + 0.1 * torch.randn_like(weight)
     target = exact @ weight.t() + (RESIDUAL * lag if writes else 0)
     expected = (target - x @ trial.t()).square().mean(0)
-    rows = moments.row_losses("linear", weight, moments.wanted("linear", weight), trial)
+    rows = moments.row_losses("linear", weight, trial)
     assert torch.allclose(rows, expected, rtol=1e-4)
 
 
@@ -47,24 +45,22 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_target(writes: bool
     expected = weight + torch.linalg.solve(damped, x.t() @ (target - x @ weight.t()) / 500).t()
     corrected = moments.corrected({"linear": weight}, RIDGES[0])["linear"]
     assert torch.allclose(corrected, expected, atol=1e-4)
-    wanted = moments.wanted("linear", weight)
-    before, after = (moments.row_losses("linear", weight, wanted, w).sum() for w in (weight, corrected))
+    before, after = (moments.row_losses("linear", weight, trial).sum() for trial in (weight, corrected))
     assert after < 0.9 * before
 
 
 def test_equal_streams_ask_for_no_correction() -> None:
     exact, _, _, weight = streams()
-    moments = Moments.empty(32, torch.device("cpu"))
-    moments.add(exact, None, {})
-    moments.add_missed({"linear": weight}, None, {})
+    moments = Moments.empty(32, torch.device("cpu"), {"linear": len(weight)})
+    moments.add(exact, {}, judged=True)
     moments.finish()
     assert torch.equal(moments.corrected({"linear": weight}, RIDGES[0])["linear"], weight)
-    assert not moments.missed
+    assert not moments.missed["linear"].any()
 
 
 def test_no_token_and_values_that_are_not_finite_are_of_no_use() -> None:
     exact, x, lag, weight = streams()
-    assert not Moments.empty(32, torch.device("cpu")).usable
+    assert not Moments.empty(32, torch.device("cpu"), {}).usable
     assert measured(exact, x, lag, weight).usable
     assert not measured(exact * float("nan"), x, lag, weight).usable
     assert not measured(exact, x, lag * float("inf"), weight).usable

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from awq.algorithm.inputs import precision
-from awq.algorithm.inputs.precision import add_product, fair_matmul, fast_matmul, product
+from awq.algorithm.inputs.precision import add_gram, add_product, fair_matmul, fast_matmul, mirror, product
 
 
 def test_the_parts_add_up_and_the_first_is_exact_in_tf32() -> None:
@@ -45,3 +45,13 @@ def test_products_are_added_in_place(mode: Callable[[], AbstractContextManager[N
     with mode():
         add_product(total[5:15, 3:10], a, b, -2)
     assert (total - wanted).abs().max() < (1e-1 if mode is fast_matmul else 1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 30])
+def test_grams_are_summed_in_part_and_mirrored(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_COLUMNS", 8)
+    x, total = torch.randn(20, width), torch.zeros(width, width)
+    for part in x.split(5):
+        add_gram(total, part, 0.5)
+    mirror(total)
+    assert torch.allclose(total, 0.5 * x.t() @ x, atol=1e-5)

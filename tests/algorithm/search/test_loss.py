@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import torch
 
 from awq.algorithm.search.affine import fit_affine
 from awq.algorithm.search.loss import group_errors, output_error, row_errors, row_gains
 from awq.algorithm.search.outliers import choose_channels, outlier_count, residual
-from awq.algorithm.search.refit import refit_scales
+from awq.algorithm.search.refit import _change, refit_scales
 
 
 def test_output_error_is_the_mean_squared_error_of_the_outputs() -> None:
@@ -93,3 +95,22 @@ def test_gains_are_differences_of_errors_without_their_noise() -> None:
     assert torch.allclose(gains.double(), exact, rtol=1e-2)
     subtracted = row_errors(single[0], single[2]) - row_errors(single[1], single[2])
     assert (gains - exact).abs().max() < 0.1 * (subtracted - exact).abs().max()
+
+
+def test_refit_bears_products_of_bf16() -> None:
+    """Of inputs that have much in common, whose groups' systems are far from diagonal."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 128, dtype=torch.float64) + 5 * torch.randn(400, 1, dtype=torch.float64)
+    gram = (x.t() @ x / 400).float()
+    weight = torch.randn(64, 128)
+    grid = fit_affine(weight, 32, 4, True)
+    codes = grid.encode(weight)
+    steps, delta = replace(grid, scales=torch.ones_like(grid.scales)).decode(codes), grid.decode(codes) - weight
+
+    def gain(change: torch.Tensor) -> float:
+        after = replace(grid, scales=grid.scales + change).decode(codes) - weight
+        return float((row_errors(delta.double(), gram.double()) - row_errors(after.double(), gram.double())).sum())
+
+    best = gain(_change(steps.double(), delta.double(), gram.double(), 4))
+    assert best > 0
+    assert gain(_change(steps, delta.bfloat16().float(), gram.bfloat16().float(), 4)) > 0.99 * best

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awq.algorithm.inputs.moments import RIDGES, Moments
+from awq.algorithm.inputs.moments import RIDGES, Moments, missing
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.search.solution import Judge, Linear
 from awq.algorithm.search.solve import _targets
@@ -25,9 +25,8 @@ def moments(tokens: int, noise: float, seed: int, weight: Tensor) -> Moments:
     generator = torch.Generator().manual_seed(seed)
     exact = torch.randn(tokens, WIDTH, generator=generator)
     x = 0.9 * exact + noise * torch.randn(tokens, WIDTH, generator=generator)
-    found = Moments.empty(WIDTH, CPU)
-    found.add(x, exact - x, {})
-    found.add_missed({"linear": weight}, exact - x, {})
+    found = Moments.empty(WIDTH, CPU, {"linear": len(weight)})
+    found.add(x, {"linear": missing(weight, exact - x, None)}, judged=True)
     found.finish()
     return found
 
@@ -46,8 +45,8 @@ def test_short_and_noisy_text_takes_a_larger_ridge(tokens: int, noise: float, sh
 def test_a_correction_that_does_not_hold_is_not_made() -> None:
     one = linear()
     fit = moments(4000, 0.05, 1, one.weight)
-    same = Moments.empty(WIDTH, CPU)
-    same.add(torch.randn(100, WIDTH), None, {})
+    same = Moments.empty(WIDTH, CPU, {"linear": 16})
+    same.add(torch.randn(100, WIDTH), {}, judged=True)
     same.finish()
     target = _targets({"linear": Judge("linear", one, same)}, fit)["linear"]
     assert torch.equal(target, one.weight)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
-from awq.algorithm.inputs.activations import Activations, Kept, Parked
-from awq.algorithm.inputs.precision import half_forward
+from awq.algorithm.inputs.activations import Activations, Kept, Parked, ahead
+from awq.algorithm.inputs.precision import cast_once, half_forward
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.ranks import fold, mine, rounds
 from awq.errors import UnsupportedModelError
@@ -56,7 +56,7 @@ class Chunk:
     activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
     hidden: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
     calls: list[Call | None] = field(default_factory=list)
-    quantized: Tensor | None = Kept()  # type: ignore[assignment]  # noqa: RUF009
+    quantized: Tensor | None = Kept(often=True)  # type: ignore[assignment]  # noqa: RUF009
     held_out: bool = False
     number: int = 0
 
@@ -69,6 +69,12 @@ class Chunk:
     def parked(self) -> Parked:
         """The hidden states where they are."""
         parked: Parked = self.__dict__["_hidden"]
+        return parked
+
+    @property
+    def behind(self) -> Parked | None:
+        """The hidden states behind quantized blocks where they are."""
+        parked: Parked | None = self.__dict__["_quantized"]
         return parked
 
     def call(self, index: int) -> Call:
@@ -255,10 +261,12 @@ def capture(
         stats.update(dict.fromkeys(names, totals[key]))
         handles.append(linear.register_forward_pre_hook(_adder(parts[key], names[0], like)))
     try:
-        for lane in rounds(chunks, lambda chunk: chunk.number):
-            for chunk in lane:
-                chunk.hidden = chunk.run(index, block, chunk.hidden)
-            fold(list(totals.values()), list(parts.values()))
+        with cast_once(block):
+            entering = ahead([chunk.parked for chunk in chunks])
+            for lane in rounds(chunks, lambda chunk: chunk.number):
+                for chunk, hidden in zip(lane, entering, strict=False):
+                    chunk.hidden = chunk.run(index, block, hidden)
+                fold(list(totals.values()), list(parts.values()))
     finally:
         for handle in handles:
             handle.remove()

@@ -29,7 +29,7 @@ def every_expert(block: nn.Module, chunks: list[Chunk]) -> Iterator[None]:
     They are SAMPLE tokens at even distances, which count PRIOR times the experts' width. Only in lists of `Experts`:
     others cannot be told to.
     """
-    total = sum(here().tell(sum(chunk.hidden.shape[:-1].numel() for chunk in chunks)))
+    total = sum(here().tell(sum(chunk.parked.shape[:-1].numel() for chunk in chunks)))
     lists = [module for module in block.modules() if isinstance(module, Experts)]
     for experts in lists:
         experts.visit_every = max(1, total // SAMPLE)

@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product, product
+from awq.algorithm.inputs.precision import add_gram, add_product, mirror, product
 from awq.algorithm.inputs.systems import Factored
-from awq.algorithm.ranks import by_rows, by_turns, here, own_rows
+from awq.algorithm.ranks import by_rows, by_turns, here
 
 # Of the mean Gram diagonal. 0.05 learns the calibration text by heart; on short text 0.2 does too.
 RIDGES = (0.2, 0.6, 2.0)
@@ -21,91 +21,63 @@ RESIDUAL = 0.5  # the share of the residual stream's error that a linear which w
 
 @dataclass
 class Moments:
-    """Means over tokens. x: the input with everything before quantized; e: the float model's input less x;
-    g: the error (float less quantized) of the residual stream just before a linear's output is added to it.
+    """Means over tokens. x: the input with everything before quantized; t: what it lacks to a linear's target.
 
     gram:   x x^T, float32 [in, in]
-    drift:  e x^T, float32 [in, in]
-    lag:    by linear that writes to the residual stream, g x^T, float32 [out, in]
-    missed: by linear, the squared distance of the target to the unquantized weight's output, float32 [out]
+    wanted: by linear, t x^T, float32 [out, in]
+    missed: by linear, t^2, float32 [out], where its loss will be asked for
 
-    A linear's target is what it gives in the float model, and RESIDUAL of g: W x + W e + RESIDUAL g.
+    The target is what a linear gives in the float model and, of one that writes to the residual stream, RESIDUAL of the
+    error g that the stream holds just before: t = W e + RESIDUAL g, with e the float model's input less x. Summed as
+    they are, e x^T and g x^T took twice the memory for the linear with the most inputs.
     """
 
     gram: Tensor
-    drift: Tensor
-    lag: dict[str, Tensor] = field(default_factory=dict)
+    wanted: dict[str, Tensor] = field(default_factory=dict)
     missed: dict[str, Tensor] = field(default_factory=dict)
     tokens: float = 0
 
     @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        device: torch.device,
-        lag: Mapping[str, int] | None = None,
-        missed: Mapping[str, int] | None = None,
-    ) -> Self:
-        """lag, missed: out_features by linear"""
+    def empty(cls, in_features: int, device: torch.device, rows: Mapping[str, int]) -> Self:
+        """rows: out_features by linear"""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
         return cls(
             zeros(in_features, in_features),
-            zeros(in_features, in_features),
-            {name: zeros(rows, in_features) for name, rows in (lag or {}).items()},
-            {name: zeros(rows) for name, rows in (missed or {}).items()},
+            {name: zeros(count, in_features) for name, count in rows.items()},
+            {name: zeros(count) for name, count in rows.items()},
         )
 
     def tensors(self) -> list[Tensor]:
-        return [self.gram, self.drift, *self.lag.values(), *self.missed.values()]
+        return [self.gram, *self.wanted.values(), *self.missed.values()]
 
     @property
     def usable(self) -> bool:
         return self.tokens > 0 and all(bool(part.isfinite().all()) for part in self.tensors())
 
-    def add(self, x: Tensor, drift: Tensor | None, lag: Mapping[str, Tensor], count: float | None = None) -> None:
-        """x, drift: [tokens, in]; None for no difference. lag: [tokens, out] by linear.
+    def add(self, x: Tensor, missing: Mapping[str, Tensor], judged: bool, count: float | None = None) -> None:
+        """x: [tokens, in]; missing: `missing` of each linear; judged: losses will be asked for.
 
         count: what the rows count together, where some are multiplied by the root of a weight
         """
-        add_product(self.gram, x.t(), x)
+        add_gram(self.gram, x)
         self.tokens += x.shape[0] if count is None else count
-        if drift is not None:
-            add_product(self.drift, drift.t(), x)
-        for name, g in lag.items():
-            self._sum(self.lag, name, product(g.t(), x))
-
-    def add_missed(self, weights: Mapping[str, Tensor], drift: Tensor | None, lag: Mapping[str, Tensor]) -> None:
-        """What no weight could make good of these tokens is in `missed` too: it makes `loss` a distance."""
-        for name, weight in weights.items():
-            parts = [] if drift is None else [product(drift, weight.t())]
-            parts += [RESIDUAL * lag[name]] if name in lag else []
-            if parts:
-                self._sum(self.missed, name, sum(parts[1:], parts[0]).square().sum(0))
-
-    @staticmethod
-    def _sum(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-        sums[name] = sums[name].add_(value) if name in sums else value
+        for name, t in missing.items():
+            add_product(self.wanted[name], t.t(), x)
+            if judged:
+                self.missed[name] += t.square().sum(0)
 
     def finish(self) -> None:
         for total in self.tensors():
             here().complete(total)
             total /= self.tokens or 1
+        mirror(self.gram)
 
     def inputs_alone(self) -> Moments:
         """These without what only the search for a target needs."""
-        return Moments(self.gram, torch.empty(0), tokens=self.tokens)
-
-    def wanted(self, name: str, weight: Tensor) -> Tensor:
-        """(target - W x) x^T for the linear `name` with `weight` W, [out, in]: the rows that this rank takes of it."""
-
-        def wanted(part: slice) -> Tensor:
-            rows = product(weight[part], self.drift)
-            return rows.add_(self.lag[name][part], alpha=RESIDUAL) if name in self.lag else rows
-
-        return own_rows(weight, wanted, torch.empty_like(weight))
+        return Moments(self.gram, tokens=self.tokens)
 
     def corrected(self, weights: Mapping[str, Tensor], ridge: float) -> dict[str, Tensor]:
         """The weights that come closest to the targets by ridge regression: W + wanted (gram + ridge)^-1, by linear."""
@@ -113,13 +85,14 @@ class Moments:
 
     def corrections(self, weights: Mapping[str, Tensor], ridges: Sequence[float]) -> Iterator[dict[str, Tensor]]:
         """`corrected` for one ridge after the other."""
-        wanted = {name: self.wanted(name, weight) for name, weight in weights.items()}
         for factor in by_turns([partial(self._factor, ridge) for ridge in ridges], self.gram):
             if factor[0, 0].isnan():
                 yield dict(weights)
             else:
                 factored = Factored(factor.t())
-                yield {name: _corrected(weight, wanted[name], factored) for name, weight in weights.items()}
+                yield {name: _corrected(weight, self.wanted[name], factored) for name, weight in weights.items()}
+                del factored
+            del factor  # before the next is made
 
     def _factor(self, ridge: float) -> Tensor:
         """The upper Cholesky factor with a ridge, contiguous; NaN where there is none."""
@@ -130,15 +103,25 @@ class Moments:
         factor: Tensor = lower.t().contiguous()  # as it lies in memory
         return factor.fill_(torch.nan) if failed else factor
 
-    def row_losses(self, name: str, weight: Tensor, wanted: Tensor, trial: Tensor) -> Tensor:
+    def row_losses(self, name: str, weight: Tensor, trial: Tensor) -> Tensor:
         """The squared distance of `trial`'s output to the target of `weight`, float32 [out]."""
+
+        wanted = self.wanted[name]
 
         def losses(part: slice) -> Tensor:
             delta = trial[part] - weight[part]
             return product(delta, self.gram).sub_(wanted[part], alpha=2).mul_(delta).sum(1)
 
-        rows = by_rows(weight, losses, weight.new_empty(len(weight)))
-        return rows + self.missed.get(name, 0)
+        return by_rows(weight, losses, weight.new_empty(len(weight))) + self.missed[name]
+
+
+def missing(weight: Tensor, drift: Tensor, lag: Tensor | None) -> Tensor:
+    """What tokens lack to a linear's target, float32 [tokens, out].
+
+    weight: [out, in], drift: e, [tokens, in], both as `product` reads them; lag: g, [tokens, out], if it writes there
+    """
+    t = product(drift, weight.t())
+    return t if lag is None else t.add_(lag, alpha=RESIDUAL)
 
 
 def _corrected(weight: Tensor, wanted: Tensor, factored: Factored) -> Tensor:

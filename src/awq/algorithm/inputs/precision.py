@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _COLUMNS = 2048  # of the second operand in parts at a time: a Gram matrix of 11008 inputs is 0.5 GB
 _TF32 = -(1 << 13)  # the bits of a float32 that tensor cores read
@@ -49,6 +49,11 @@ def half_forward(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=_halves(device))
 
 
+def cast_once(block: nn.Module) -> torch.autocast:
+    """Within it `half_forward` casts each of `block`'s weights a single time; they are not to be replaced meanwhile."""
+    return torch.autocast(next(block.parameters()).device.type, enabled=False)  # the outermost one's end forgets them
+
+
 def operand(matrix: Tensor) -> Tensor:
     """`matrix` as `product` reads it, for one that is read often."""
     return matrix.bfloat16() if _halves(matrix.device) else matrix
@@ -85,6 +90,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Non
                 total.addmm_(one, other, alpha=factor)
     else:
         total.addmm_(a, b, alpha=factor)
+
+
+def add_gram(total: Tensor, x: Tensor, factor: float = 1.0) -> None:
+    """total += factor * x^T x, as exact as `add_product`; left of the blocks on the diagonal it is left to `mirror`."""
+    x = operand(x)
+    for start in range(0, len(total), _COLUMNS):
+        some = slice(start, start + _COLUMNS)
+        add_product(total[some, start:], x[:, some].t(), x[:, start:], factor)
+
+
+def mirror(total: Tensor) -> None:
+    """Complete a sum of `add_gram`s."""
+    for start in range(0, len(total), _COLUMNS):
+        stop = start + _COLUMNS
+        total[stop:, start:stop] = total[start:stop, stop:].t()
 
 
 def _parts(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from awq.algorithm.held import IN_MEMORY, Weights
-from awq.algorithm.inputs.activations import Activations, ParkedList
+from awq.algorithm.inputs.activations import Activations, ParkedList, ahead
 from awq.algorithm.inputs.capture import Chunk, enter_dealt, in_chunks
-from awq.algorithm.inputs.moments import Moments
-from awq.algorithm.inputs.precision import fast_matmul
+from awq.algorithm.inputs.moments import Moments, missing
+from awq.algorithm.inputs.precision import cast_once, fast_matmul, operand
 from awq.algorithm.inputs.routing import replayed_routing
 from awq.algorithm.ranks import LANES, fold, here, in_turn, rounds
 from awq.structure.probe import Stop
@@ -90,7 +90,7 @@ class Propagation:
     block: nn.Module
     index: int
     chunks: list[Chunk]
-    inputs: Sequence[Tensor]
+    inputs: ParkedList
     exact: Iterable[Mapping[str, Tensor]] = ()
     residuals: Mapping[str, str] = field(default_factory=dict)
     routing: list[dict[str, Any]] = field(default_factory=list)
@@ -101,8 +101,7 @@ class Propagation:
         return Siblings(self.block)
 
     def __post_init__(self) -> None:
-        shapes = self.inputs.shapes if isinstance(self.inputs, ParkedList) else [x.shape for x in self.inputs]
-        told = here().tell([shape[:-1].numel() for shape in shapes])
+        told = here().tell([shape[:-1].numel() for shape in self.inputs.shapes])
         self.everything = {count for counts in told for count in counts}  # the numbers of tokens in a chunk
 
     def measure(self, sets: Sequence[Mapping[str, Tensor]]) -> list[tuple[Moments, Moments]]:
@@ -113,9 +112,9 @@ class Propagation:
         all_fit = not any(here().tell(any(chunk.held_out for chunk in self.chunks)))
         results = {held_out: [self._empty(scales) for scales in sets] for held_out in (False, True)}
         lane = [self._empty(scales) for scales in sets]
-        weights = [{name: _weight(self.block.get_submodule(name)) for name in scales} for scales in sets]
         runs = zip(self.entering(), enumerate(self.exact), self.routing, strict=True)
-        with fast_matmul(), replaced_weights(self.block, self.done):
+        with fast_matmul(), replaced_weights(self.block, self.done), cast_once(self.block):
+            weights = [{name: operand(self._weight(name)) for name in scales} for scales in sets]
             for together in rounds(runs, lambda run: run[0][0].number):
                 parts = in_turn(together, lambda run: run[0][0].held_out, results)
                 for (held_out, totals), part in zip(results.items(), parts, strict=True):
@@ -124,24 +123,27 @@ class Propagation:
                         with replayed_routing(self.block, routing):
                             seen = self._run(chunk, before, sets)
                         for moments, scales, own in zip(lane, sets, weights, strict=True):
-                            judged = own if held_out or all_fit else {}
-                            self._add(moments, scales, exact, seen, judged, before.shape[:-1].numel())
+                            if (x := seen.get(next(iter(scales)))) is not None:
+                                missed = self._missing(x, scales, own, exact, seen)
+                                count = self.like.count(next(iter(scales)), len(x), before.shape[:-1].numel())
+                                moments.add(x, missed, held_out or all_fit, count)
                     fold(totals, lane)
         for moments in (*results[False], *results[True]):
             moments.finish()
         return list(zip(results[False], results[not all_fit], strict=True))
 
     def advance(self) -> None:
-        """Move the quantized stream on to the block's output."""
-        with fast_matmul(), replaced_weights(self.block, self.done):
+        """Move the quantized stream on to the block's output, its last use."""
+        self.exact = ()  # that there is room
+        with fast_matmul(), replaced_weights(self.block, self.done), cast_once(self.block):
             for chunk, before in self.entering():
                 chunk.quantized = chunk.run(self.index, self.block, before)
 
     def entering(self) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk with what the block is given behind quantized blocks."""
         for index, chunk in enumerate(self.chunks):
-            quantized = chunk.quantized
-            yield chunk, self.inputs[index] if quantized is None else quantized
+            following = range(index, min(index + 2, len(self.chunks)))
+            yield chunk, next(ahead([self.chunks[at].behind or self.inputs.items[at] for at in following]))
 
     def _run(self, chunk: Chunk, before: Tensor, sets: Sequence[Mapping[str, Tensor]]) -> Seen:
         """What the sets and the residual stream hold behind what is quantized; nothing runs beyond a single set."""
@@ -153,36 +155,39 @@ class Propagation:
             chunk.run(self.index, self.block, before)
         return runs[0]
 
-    def _add(
+    def _missing(
         self,
-        moments: Moments,
+        x: Tensor,
         scales: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         exact: Callable[[str], Tensor | None],
         seen: Seen,
-        judged: Mapping[str, Tensor],
-        tokens: int,
-    ) -> None:
-        """judged: the float weights of linears whose loss will be asked for; tokens: of the chunk"""
+    ) -> dict[str, Tensor]:
+        """`missing` of a set's linears, whose input is `x`; nothing where the streams do not compare row by row."""
         first, scale = next(iter(scales.items()))
-        x, before = seen.get(first), exact(first)
-        if x is None:
-            return
-        drift, lag = None, {}
-        if before is not None and before.shape == x.shape and self._same_tokens(first, x):
-            drift = before / scale - x
-            points = {name: point for name in scales if (point := self.residuals.get(name)) is not None}
-            lag = {name: true - seen[at] for name, at in points.items() if (true := exact(at)) is not None}
-        moments.add(x, drift, lag, self.like.count(first, len(x), tokens))
-        moments.add_missed(judged, drift, lag)
+        before = exact(first)
+        if before is None or before.shape != x.shape or not self._same_tokens(first, x):
+            return {}
+        drift = operand(before / scale - x)
+
+        def lag(name: str) -> Tensor | None:
+            point = self.residuals.get(name)
+            true = None if point is None else exact(point)
+            return None if point is None or true is None else true - seen[point]
+
+        return {name: missing(weight, drift, lag(name)) for name, weight in weights.items()}
 
     def _exact(self, index: int, recording: Mapping[str, Tensor], name: str) -> Tensor | None:
         return self.inputs[index].flatten(0, -2) if name == BLOCK else recording.get(name)
 
     def _empty(self, scales: Mapping[str, Tensor]) -> Moments:
         scale = next(iter(scales.values()))
-        rows = {name: len(_weight(self.block.get_submodule(name))) for name in scales}
-        lag = {name: count for name, count in rows.items() if name in self.residuals}
-        return Moments.empty(len(scale), scale.device, lag, rows)
+        return Moments.empty(len(scale), scale.device, {name: len(self._weight(name)) for name in scales})
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self.block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight.data
 
     def _same_tokens(self, name: str, x: Tensor) -> bool:
         """Whether a linear reads the same tokens in each stream: all of them, or those of the replayed routing."""
@@ -193,12 +198,6 @@ def _as_read(module: nn.Module, x: Tensor) -> Tensor:
     """`x` in the dtype that `module` multiplies it in."""
     halved = isinstance(module, nn.Linear) and torch.is_autocast_enabled(x.device.type)
     return x.to(torch.get_autocast_dtype(x.device.type)) if halved else x
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.data
 
 
 @contextmanager

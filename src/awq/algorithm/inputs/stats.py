@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product
+from awq.algorithm.inputs.activations import Activations, Kept
+from awq.algorithm.inputs.precision import add_gram, mirror
 from awq.algorithm.ranks import here
 
 
@@ -20,17 +21,23 @@ class InputStats:
     mean_abs: float32 [in_features], the mean of |x|
     """
 
-    gram: Tensor
-    mean_abs: Tensor
+    activations: ClassVar[Activations] = Activations()  # until they are moved elsewhere
+    gram: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
+    mean_abs: Tensor = Kept()  # type: ignore[assignment]  # noqa: RUF009
     tokens: float = 0
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> Self:
         return cls(torch.zeros(in_features, in_features, device=device), torch.zeros(in_features, device=device))
 
+    def move(self, activations: Activations) -> None:
+        """Wait in other rooms, no more to be added to."""
+        self.__dict__["activations"] = activations
+        self.gram, self.mean_abs = self.gram, self.mean_abs
+
     def add(self, x: Tensor, weight: float = 1) -> None:
         x = x.reshape(-1, x.shape[-1])
-        add_product(self.gram, x.t(), x, weight)
+        add_gram(self.gram, x, weight)
         self.mean_abs += x.abs().sum(0, dtype=torch.float32) * weight
         self.tokens += x.shape[0] * weight
 
@@ -41,6 +48,7 @@ class InputStats:
         for total in self.tensors():
             here().complete(total)
             total /= self.tokens or 1
+        mirror(self.gram)
 
     def rescaled(self, scale: Tensor) -> InputStats:
         """The statistics of x / scale."""

@@ -51,22 +51,30 @@ class Factored:
     def _inverses(self) -> list[Tensor]:
         """Of the blocks on the diagonal."""
         blocks = (self.lower[part, part] for part in map(_part, range(-(-len(self.lower) // _BLOCK))))
-        return [_inverse(block) for block in blocks]
+        return [inverted(block) for block in blocks]
 
 
 def _part(start: int, stop: int | None = None) -> slice:
     return slice(_BLOCK * start, _BLOCK * (start + 1 if stop is None else stop))
 
 
-def _inverse(lower: Tensor) -> Tensor:
-    """Of a lower triangle."""
-    size = len(lower)
-    identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-    if size <= _SMALL:
-        inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
-        return inverse
-    half, inverse = size // 2, identity.zero_()
-    inverse[:half, :half], inverse[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
-    below = product(lower[half:, :half].contiguous(), inverse[:half, :half].contiguous())
-    inverse[half:, :half] = -product(inverse[half:, half:].contiguous(), below)
+def inverted(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle; on a GPU large ones by products."""
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    if lower.device.type == "cuda":
+        _invert(lower, inverse)
+    else:
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     return inverse
+
+
+def _invert(lower: Tensor, inverse: Tensor) -> None:
+    """Put the inverse of `lower` in the place of the identity `inverse`."""
+    if len(lower) <= _SMALL:
+        inverse.copy_(torch.linalg.solve_triangular(lower, inverse, upper=False))
+        return
+    first, last = slice(len(lower) // 2), slice(len(lower) // 2, None)
+    _invert(lower[first, first], inverse[first, first])
+    _invert(lower[last, last], inverse[last, last])
+    below = product(lower[last, first], inverse[first, first])
+    add_product(inverse[last, first], inverse[last, last], below, -1)  # onto the zeros there

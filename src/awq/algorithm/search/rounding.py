@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product, fair_matmul
+from awq.algorithm.inputs.precision import add_product, fair_matmul, fast_matmul
+from awq.algorithm.inputs.systems import inverted
 from awq.algorithm.ranks import share, slabs, taken
 from awq.algorithm.search.affine import Affine
 
@@ -48,31 +49,36 @@ PLAIN_LOOP = ColumnLoop(round_columns, 32)  # small enough for a CPU's cache
 
 
 class Rounded(NamedTuple):
-    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit."""
+    """codes: uint8 [out, in]; unrounded: what each was rounded from, float32 [out, in], in the same unit, if wanted."""
 
     codes: Tensor
-    unrounded: Tensor
+    unrounded: Tensor | None
 
 
-def round_compensated(weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = PLAIN_LOOP) -> Rounded | None:
+def round_compensated(
+    weight: Tensor, gram: Tensor, grid: Affine, columns: ColumnLoop = PLAIN_LOOP, unrounded: bool = True
+) -> Rounded | None:
     """`weight` [out, in] on `grid`; None where `gram` [in, in] has no usable factor.
 
     The linears that read one input are solved as one: their rows do not touch each other.
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(gram[order.unsqueeze(1), order])
+    with fast_matmul(enabled=False):
+        factor = _inverse_factor(gram, order)
     if factor is None:
         return None
     parts = slabs(weight)
     own = taken(parts)
     if len(own) == len(parts):
-        return _round(weight, grid, order, factor, columns, _sizes(own))
-    result = Rounded(torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight))
+        return _round(weight, grid, order, factor, columns, _sizes(own), unrounded)
+    codes, rest = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight) if unrounded else None
     if own:
         rows = slice(own[0].start, own[-1].stop)
-        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own))
-        result.codes[rows], result.unrounded[rows] = rounded
-    return Rounded(*(share(parts, values) for values in result))
+        rounded = _round(weight[rows], grid.rows(rows), order, factor, columns, _sizes(own), unrounded)
+        codes[rows] = rounded.codes
+        if rest is not None and rounded.unrounded is not None:
+            rest[rows] = rounded.unrounded
+    return Rounded(share(parts, codes), None if rest is None else share(parts, rest))
 
 
 def _sizes(parts: Sequence[slice]) -> list[int]:
@@ -80,19 +86,25 @@ def _sizes(parts: Sequence[slice]) -> list[int]:
 
 
 def _round(
-    weight: Tensor, grid: Affine, order: Tensor, factor: Tensor, columns: ColumnLoop, sizes: list[int]
+    weight: Tensor,
+    grid: Affine,
+    order: Tensor,
+    factor: Tensor,
+    columns: ColumnLoop,
+    sizes: list[int],
+    unrounded: bool,
 ) -> Rounded:
     """sizes: of the slabs of rows that make a product each; the column loop takes them all at once"""
     group = order // (weight.shape[1] // grid.scales.shape[1])
-    rest, scales, zeros = (
-        values.t()[index] for values, index in ((weight, order), (grid.scales, group), (grid.zeros, group))
-    )
-    work = _Columns(columns, 2**grid.bits - 1, rest, factor, scales, zeros, sizes)
+    work = _Columns(columns, weight.t()[order], factor, grid, group, sizes)
     with fair_matmul():
         work.round(0, len(order))
-    rest = work.errors.mul_(factor.diagonal().unsqueeze(1)).div_(scales).add_(work.codes)
     back = order.argsort()
-    return Rounded(work.codes[back].t().contiguous(), rest[back].t().contiguous())
+    codes = work.codes[back].t().contiguous()
+    if not unrounded:
+        return Rounded(codes, None)
+    rest = work.errors.mul_(factor.diagonal().unsqueeze(1)).div_(grid.scales.t()[group]).add_(work.codes)
+    return Rounded(codes, rest[back].t().contiguous())
 
 
 class _Columns:
@@ -101,23 +113,23 @@ class _Columns:
     def __init__(
         self,
         loop: ColumnLoop,
-        highest: int,
         rest: Tensor,
         factor: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
+        grid: Affine,
+        group: Tensor,
         sizes: Sequence[int],
     ) -> None:
-        self.loop, self.highest, self.sizes = loop, highest, sizes
-        self.rest, self.factor, self.scales, self.zeros = rest, factor, scales, zeros
+        self.loop, self.highest, self.sizes = loop, 2**grid.bits - 1, sizes
+        self.rest, self.factor, self.group = rest, factor, group
+        self.scales, self.zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
         self.codes, self.errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
 
     def round(self, start: int, stop: int) -> None:
         """Some columns: their first half, which tells the second half in one product, then that."""
         most = self.loop.columns
         if stop - start <= most:
-            part = slice(start, stop)
-            mine = self.rest[part], self.factor[part, part], self.scales[part], self.zeros[part]
+            part, group = slice(start, stop), self.group[start:stop]
+            mine = self.rest[part], self.factor[part, part], self.scales[group], self.zeros[group]
             self.codes[part], self.errors[part] = self.loop.round(*mine, self.highest)
             return
         middle = start + most * (-(-(stop - start) // most) // 2)
@@ -129,18 +141,20 @@ class _Columns:
         self.round(middle, stop)
 
 
-def _inverse_factor(gram: Tensor) -> Tensor | None:
-    """Upper triangular U with U^T U = (gram + damping)^-1, from one Cholesky factor of the reversed matrix."""
-    mean = gram.diagonal().mean()
+def _inverse_factor(gram: Tensor, order: Tensor) -> Tensor | None:
+    """Upper triangular U with U^T U = (gram + damping)^-1 in this order of columns, from one Cholesky factor of the
+    reversed matrix. The largest matrices of a block are few here, each 0.5 GB for 11008 inputs.
+    """
+    mean, back = gram.diagonal().mean(), order.flip(0)
     if not (mean > 0 and gram.isfinite().all()):
         return None
     for damping in (DAMPING, DAMPING * _STRONGER, DAMPING * _STRONGER**2):
-        damped = gram.flip(0, 1)  # a copy: the largest matrices of a block are few here, each 0.5 GB for 11008 inputs
+        damped = gram[back.unsqueeze(1), back]
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            inverse = damped.zero_().fill_diagonal_(1)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            inverse = inverted(lower)
             del lower
             return inverse.flip(0, 1)
     return None

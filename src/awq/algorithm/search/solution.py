@@ -103,17 +103,15 @@ class Judge:
 
     def __init__(self, name: str, linear: Linear, held_out: Moments) -> None:
         self.name, self.linear, self.moments = name, linear, held_out
-        with fair_matmul():
-            self.wanted = held_out.wanted(name, linear.weight)
 
     def __call__(self, weight: Tensor) -> float:
         with fair_matmul():
-            return self._loss(self.moments.row_losses(self.name, self.linear.weight, self.wanted, weight))
+            return self._loss(self.moments.row_losses(self.name, self.linear.weight, weight))
 
     @property
     def unchanged(self) -> float:
         """The loss of the linear's own weight."""
-        return self._loss(self.moments.missed.get(self.name, torch.zeros_like(self.linear.row_scale)))
+        return self._loss(self.moments.missed[self.name])
 
     def _loss(self, rows: Tensor) -> float:
         return float((rows * self.linear.row_scale.square()).sum()) / self.linear.power

@@ -43,17 +43,17 @@ def _compensate(judges: Judges, fit: Moments, config: QuantConfig, loops: Loops)
     """The best that held-out text finds among compensated, clipped and plain rounding, by linear."""
     targets = _targets(judges, fit)
     grids = {name: _clipped(target, fit.gram, config, loops) for name, target in targets.items()}
-    compensated = _rounded(targets, grids, fit.gram, loops.columns)
     coded: dict[str, Coded] = {}
     losses: Losses = {}
     learned = config.effort == "max"
+    compensated = _rounded(targets, grids, fit.gram, loops.columns, learned)
     for name, judge in judges.items():
         weight, target, grid = judge.linear.weight, targets[name], grids[name]
         pairs = (target, grid), (weight, full_range(weight, config))
         trials = [Coded.plainly(*pair, learned) for pair in pairs]
         if name in compensated:
             codes, unrounded = compensated[name]
-            trials.insert(0, Coded(grid, codes, target, unrounded if learned else None, "compensated"))
+            trials.insert(0, Coded(grid, codes, target, unrounded, "compensated"))
         loss, best = _least([(judge(trial.decode()), trial) for trial in trials])
         if config.refit:
             refitted = _refitted(best, fit.gram)
@@ -90,7 +90,7 @@ def _targets(judges: Judges, fit: Moments) -> dict[str, Tensor]:
 
 
 def _rounded(
-    targets: dict[str, Tensor], grids: dict[str, Affine], gram: Tensor, columns: ColumnLoop
+    targets: dict[str, Tensor], grids: dict[str, Affine], gram: Tensor, columns: ColumnLoop, learned: bool
 ) -> dict[str, Rounded]:
     """Compensated codes by linear, all solved as one; none where the Gram matrix does not allow it."""
     joined = Affine(
@@ -98,12 +98,14 @@ def _rounded(
         torch.cat([grid.zeros for grid in grids.values()]),
         next(iter(grids.values())).bits,
     )
-    together = round_compensated(torch.cat(list(targets.values())), gram, joined, columns)
+    weights = list(targets.values())
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    together = round_compensated(weight, gram, joined, columns, learned)
     if together is None:
         return {}
     rows = [len(target) for target in targets.values()]
-    parts = zip(together.codes.split(rows), together.unrounded.split(rows), strict=True)
-    return {name: Rounded(*part) for name, part in zip(targets, parts, strict=True)}
+    unrounded = [None] * len(rows) if together.unrounded is None else together.unrounded.split(rows)
+    return dict(zip(targets, map(Rounded, together.codes.split(rows), unrounded), strict=True))
 
 
 def _round_plainly(linear: Linear, config: QuantConfig, loops: Loops) -> Coded:
