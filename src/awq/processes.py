@@ -31,6 +31,7 @@ T = TypeVar("T")
 # While one process writes the checkpoint the others wait. One that dies takes the others along: by its connection
 # (gloo), or by torchrun.
 TIMEOUT = timedelta(days=1)
+_SIZE, _SHORT = 8, 256  # bytes of a word's size, and of most words, which are told at once with it
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ENDED, _HEARD = "awq/ended", "awq/heard"
 _FAREWELL = 2.0  # seconds that the one to end waits for the others to hear of it: the store may be its own
@@ -46,19 +47,36 @@ class Processes(Ranks):
         self._tensors = dist.new_group(backend="nccl", timeout=TIMEOUT) if device.type == "cuda" else self._words
 
     def tell(self, value: Any) -> list[Any]:
-        word = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        word = json.dumps(value).encode()
+        told = self._told(len(word).to_bytes(_SIZE, "little") + word[:_SHORT], _SIZE + _SHORT)
+        sizes = [int.from_bytes(one[:_SIZE], "little") for one in told]
+        words = [one[_SIZE:] for one in told]
+        if max(sizes) > _SHORT:
+            words = [*map(bytes.__add__, words, self._told(word[_SHORT:], max(sizes) - _SHORT))]
+        return [json.loads(one[:size]) for one, size in zip(words, sizes, strict=True)]
+
+    def _told(self, word: bytes, size: int) -> list[bytes]:
+        """Every rank's word, with zeros up to `size`."""
+        own = torch.frombuffer(bytearray(word.ljust(size, b"\0")), dtype=torch.uint8)
+        words = [torch.empty_like(own) for _ in range(self.size)]
         with _connected(self):
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(word)]), group=self._words)
-            longest = max(int(size) for size in sizes)
-            words = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(words, torch.nn.functional.pad(word, (0, longest - len(word))), group=self._words)
-        return [json.loads(bytes(word[: int(size)].tolist())) for word, size in zip(words, sizes, strict=True)]
+            dist.all_gather(words, own, group=self._words)
+        return [bytes(one.tolist()) for one in words]
 
     def hand_out(self, tensor: Tensor, source: int = 0) -> Tensor:
         with _connected(self):
             dist.broadcast(tensor, source, group=self._tensors)
         return tensor
+
+    def gather(self, out: Tensor, rows: Mapping[int, slice]) -> None:
+        """At once where each has as many, else one after the other."""
+        sizes = [rows[rank].stop - rows[rank].start for rank in rows]
+        if len(rows) < self.size or len(set(sizes)) > 1:
+            for rank, some in rows.items():
+                self.hand_out(out[some], rank)
+            return
+        with _connected(self):
+            dist.all_gather_into_tensor(out, out[rows[self.rank]].clone(), group=self._tensors)
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Each rank sums some of the rows, of which it is sent all others' part."""
@@ -72,8 +90,7 @@ class Processes(Ranks):
             own += theirs
 
     def complete(self, total: Tensor) -> None:
-        for rank, some in enumerate(self._rows(total)):
-            self.hand_out(total[some], rank)
+        self.gather(total, dict(enumerate(self._rows(total))))
 
     def leave(self) -> None:
         """Whoever waits for a word from this process is told that none will come."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from awq.algorithm.blocks import BlockLoop
-from awq.algorithm.inputs.activations import Activations, Room
+from awq.algorithm.inputs.activations import Activations, ParkedList, Room
 from awq.config import QuantConfig
 from awq.errors import AwqError, ConfigError
 from awq.pipeline import job, memory
@@ -58,6 +58,22 @@ def test_room_is_given_back() -> None:
     del first, second
     assert (activations.device.free, activations.host.free) == (1000, 1000)
     assert torch.equal(activations.park(torch.ones(300)).get(), torch.ones(300))
+
+
+def test_what_waits_is_a_list_and_what_a_run_saw_a_dictionary() -> None:
+    rooms = Activations(Room(0), Room(1 << 20))
+    tensors = [torch.full((3,), float(number)) for number in range(4)]
+    waiting = ParkedList([rooms.park(tensor) for tensor in tensors])
+    assert all(map(torch.equal, waiting, tensors)) and torch.equal(waiting[-1], tensors[-1])
+    with pytest.raises(IndexError):
+        waiting[4]
+    runs = rooms.list()
+    for seen in ({"first": tensors[0], "both": tensors[1]}, {"both": tensors[2]}):
+        runs.append(seen)
+    found = list(runs)
+    assert [sorted(seen) for seen in found] == [["both", "first"], ["both"]]
+    assert torch.equal(found[0]["first"], tensors[0]) and torch.equal(found[1]["both"], tensors[2])
+    assert found[1].get("first") is None
 
 
 def test_files_of_activations_have_no_name(tmp_path: Path) -> None:

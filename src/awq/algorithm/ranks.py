@@ -6,7 +6,7 @@ the lanes. Work on a matrix is cut into slabs of rows by its shape alone: a prod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import accumulate, groupby, pairwise
@@ -33,6 +33,9 @@ class Ranks:
     def hand_out(self, tensor: Tensor, source: int = 0) -> Tensor:
         """`tensor`, contiguous, once it is what it was on rank `source`."""
         return tensor
+
+    def gather(self, out: Tensor, rows: Mapping[int, slice]) -> None:
+        """Have in `out`, contiguous, all of its rows, which lie in order of the ranks that have them."""
 
     def add(self, total: Tensor, part: Tensor) -> None:
         """Add every rank's `part` to `total` in the order of the ranks; for all of it, `complete` comes last."""
@@ -155,9 +158,8 @@ def share(parts: Sequence[slice], out: Tensor) -> Tensor:
     """`out`, contiguous, with the rows that other ranks have taken."""
     if here().size > 1 and len(parts) > 1:
         owners = groupby(enumerate(parts), lambda numbered: _owner(numbered[0], parts))
-        for owner, run in owners:
-            theirs = [part for _, part in run]
-            here().hand_out(out[theirs[0].start : theirs[-1].stop], owner)
+        runs = {owner: [part for _, part in run] for owner, run in owners}
+        here().gather(out, {owner: slice(run[0].start, run[-1].stop) for owner, run in runs.items()})
     return out
 
 

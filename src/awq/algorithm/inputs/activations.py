@@ -203,7 +203,8 @@ class ParkedList(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | ParkedList:
         if isinstance(index, slice):
             return ParkedList(self.items[index])
-        return next(ahead(self.items[index : index + 2]))
+        following = self.items[index + 1 : index + 2] if index >= 0 else []
+        return next(ahead([self.items[index], *following]))
 
 
 class Runs:
@@ -243,7 +244,8 @@ class Fetched(Mapping[str, Tensor]):
         self._parked, self._following = parked, following
 
     def __getitem__(self, name: str) -> Tensor:
-        return next(ahead([run[name] for run in (self._parked, self._following) if name in run]))
+        following = [self._following[name]] if name in self._following else []
+        return next(ahead([self._parked[name], *following]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parked)

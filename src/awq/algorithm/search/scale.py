@@ -58,21 +58,17 @@ def search_scale(
     def candidate(step: int) -> Tensor:
         return _normalized(magnitude ** (step / GRID))
 
-    def loss(step: int) -> Tensor:
-        scale = expand(candidate(step))
-
-        def errors(consumer: Consumer, part: slice) -> Tensor:
-            change = delta(consumer.weight[part], scale, True)
-            return row_dots(product(change, grams[id(consumer.stats)]), change)
-
-        return _by_role(consumers, errors).sum()
+    def errors(consumer: Consumer, part: slice, scale: Tensor) -> Tensor:
+        change = delta(consumer.weight[part], scale, True)
+        return row_dots(product(change, grams[id(consumer.stats)]), change)
 
     def losses_at(steps: Sequence[int]) -> dict[int, float]:
-        return dict(zip(steps, torch.stack([loss(step) for step in steps]).tolist(), strict=True))
+        losses = _by_role(consumers, errors, [expand(candidate(step)) for step in steps]).sum(1)
+        return dict(zip(steps, losses.tolist(), strict=True))
 
-    def gain(consumer: Consumer, part: slice) -> Tensor:
+    def gain(consumer: Consumer, part: slice, scale: Tensor) -> Tensor:
         weight = consumer.weight[part]
-        return row_gains(delta(weight, None, False), delta(weight, columns, False), consumer.stats.gram)
+        return row_gains(delta(weight, None, False), delta(weight, scale, False), consumer.stats.gram)
 
     with fast_matmul():
         grams = {key: operand(stats.gram) for key, stats in {id(one.stats): one.stats for one in consumers}.items()}
@@ -80,21 +76,28 @@ def search_scale(
         nearest = min(losses, key=losses.__getitem__)
         losses |= losses_at([step for step in (nearest - 1, nearest + 1) if step <= GRID])
     best = candidate(min(losses, key=losses.__getitem__))
-    columns = expand(best)
     with fair_matmul():
-        gains = _by_role(consumers, gain)
+        gains = _by_role(consumers, gain, [expand(best)])[0]
     return best if bool((gains >= 0).all()) and bool(gains.sum() > 0) else None
 
 
-def _by_role(consumers: Sequence[Consumer], rows: Callable[[Consumer, slice], Tensor]) -> Tensor:
-    """What `rows` makes of each row of each weight, summed by role, in proportion to the tokens."""
+def _by_role(
+    consumers: Sequence[Consumer], rows: Callable[[Consumer, slice, Tensor], Tensor], scales: Sequence[Tensor]
+) -> Tensor:
+    """For each scale, what `rows` makes of each row of each weight, summed by role, in proportion to the tokens."""
+    pairs = [(consumer, scale) for scale in scales for consumer in consumers]
+
+    def work(place: int, part: slice) -> Tensor:
+        consumer, scale = pairs[place]
+        return rows(consumer, part, scale)
+
     most = max(consumer.tokens for consumer in consumers)
+    sums = row_sums([consumer.weight for consumer, _ in pairs], work).view(len(scales), -1)
     roles: dict[str, Tensor] = {}
-    sums = row_sums([consumer.weight for consumer in consumers], lambda place, part: rows(consumers[place], part))
-    for consumer, value in zip(consumers, sums, strict=True):
+    for consumer, value in zip(consumers, sums.unbind(1), strict=True):
         value = value * (consumer.tokens / most)
         roles[consumer.role] = roles[consumer.role] + value if consumer.role in roles else value
-    return torch.stack(list(roles.values()))
+    return torch.stack(list(roles.values()), 1)
 
 
 def _mean_abs(consumers: Sequence[Consumer]) -> Tensor:
