@@ -151,11 +151,12 @@ class BlockLoop:
             return _plainly(sets, config, self.loops)
         left = self.budget.left
         with every_expert(block, self.chunks):
-            results, learning, losses = self._propagate(streams, find_passes(sets, like))
-            while undo_worse(folds, losses, block, linears):
+            while True:
+                results, learning, losses = self._propagate(streams, find_passes(sets, like))
+                if not undo_worse(folds, losses, block, linears):
+                    break
                 self.budget.left = left
                 streams.done.clear()
-                results, learning, losses = self._propagate(streams, find_passes(sets, like))
         if learning:
             learning = _learn(streams, learning, groups, stored_in)
             output = _output_of(streams) if config.outlier_ratio else None

@@ -9,8 +9,8 @@
 // first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to ALONE chunks are
 // the first block's; more are shared among as many blocks as have PER chunks each, up to 8 and for long texts SPLITS. The
 // last of them puts the shares together: it waits for every number of the others to be there, which costs a trip to the
-// second-level cache and back. The blocks of a cluster, which could do with less, start only where a whole cluster finds room: 32 clusters of
-// 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
+// second-level cache and back. The blocks of a cluster, which could do with less, start only where a whole cluster finds
+// room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
 //
 // A warp copies its chunks to a ring of its own, the first before the wait for the projection: the kernel that begins a
 // step lets none start before all of the last step is over. It keeps running maximum, sum and result of its chunks. Where
@@ -34,9 +34,6 @@
 #endif
 #ifndef PER
 #define PER (WARPS * UNITS / 2)  // chunks that the rings hold
-#endif
-#ifndef BLOCKS_AT_MOST  // where each has no more than 40 chunks
-#define BLOCKS_AT_MOST 8
 #endif
 #ifndef ALONE
 #define ALONE PER
@@ -123,7 +120,7 @@ struct Tokens {
     count = (slot - base) / CHUNK + 1;
     // Each block more costs the last one a look: Llama-3-8B's shape took 1563 us a token at 1024 tokens with 9 of them on
     // an H200, 1440 with 5.
-    int wanted = max(min(BLOCKS_AT_MOST, (count + PER - 1) / PER), (count + 39) / 40);
+    int wanted = max(min(8, (count + PER - 1) / PER), (count + 39) / 40);
     blocks = SPLITS == 1 || count <= ALONE ? 1 : min(SPLITS, wanted);
     alone = blocks == 1;
     stride = blocks * WARPS;

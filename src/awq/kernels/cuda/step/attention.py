@@ -124,7 +124,7 @@ def splits_of(blocks: int, multiprocessors: int, slots: int, chunks: int) -> int
     """Blocks that share a key head's tokens where those are many: enough for `chunks` each, and that run at once."""
     wanted = -(-slots // (_CHUNK * chunks))
     least = next((splits for splits in _SPLITS if splits >= wanted), _SPLITS[-1])
-    return max(splits for splits in _SPLITS if splits == 1 or splits <= min(least, multiprocessors // blocks))
+    return max(splits for splits in _SPLITS if splits <= max(1, min(least, multiprocessors // blocks)))
 
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
