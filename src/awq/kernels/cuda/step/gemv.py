@@ -23,10 +23,10 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 # struct Params of gemv.cu with what NORM and OUTPUT add: norm, kept_norm; share, epsilon, factor; half, apart.
 _PARAMS = Struct("<7Qq11i4x2Q3f2i4x")
 # In a step the kernels ahead and behind want the memory too, and a ring fills while x is awaited: a block of up to so
-# many units has one stage in flight, a larger one two. Against the plans of single launches a token of Llama-2-7B took
-# 17, 25 and 27 us less for the output, down and gate projections, one of Llama-3-8B 13 and 18 for output and gate.
-# Its down projection, 112 units, took 9 us more with one; gate projections of 2 to 8 rows, 176 and 224, 14 to 40.
-_ONE_IN_FLIGHT = 100
+# many units has one stage in flight, a larger one two. With the other choice a token of Llama-2-7B (1.15 ms) took 20 us
+# more for the down projection (86 units), 12 for queries, keys and values (96), 75 for gate and up (176), one of
+# Llama-3-8B 15 more for queries, keys and values (48), 12 for down (112), 130 for gate and up (224).
+_ONE_IN_FLIGHT = 90
 
 
 def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launch:
