@@ -60,8 +60,7 @@ def block_bytes(block: nn.Module, config: QuantConfig, tokens: torch.Size) -> in
     Counted on blocks of Llama's proportions, as a GPU takes them. In the search for scales it is, for each weight, its
     float32 value and codes, for each input its Gram matrix, twice, and what a step makes on the way. Behind quantized
     linears it is for each weight its float32 value, codes and rounded value, in float32 and as a forward casts it, and
-    the moments of the input with the largest: three of them while they are measured, two while its linears are solved,
-    with what factoring the widest Gram matrix takes (2.6 GB beside the moments for 11008 inputs, measured).
+    the moments of the input with the largest: three of them while they are measured, two while its linears are solved.
     """
     shapes = {name: shape for name, module in block.named_modules() if (shape := linear_shape(module))}
     if not shapes:
@@ -77,7 +76,7 @@ def block_bytes(block: nn.Module, config: QuantConfig, tokens: torch.Size) -> in
     if config.effort == "fast":
         return ahead + scaled
     moments = _moments(block, shapes)
-    solved = 11 * weights + max(3 * moments + forward, 2 * moments + 16 * widest**2 + 16 * largest)
+    solved = 11 * weights + max(3 * moments + forward, 2 * moments + 10 * widest**2 + 12 * largest)
     learned = 2 * grams + 33 * weights + 12 * tokens.numel() * hidden if config.effort == "max" else 0
     return ahead + max(scaled, solved + learned)
 

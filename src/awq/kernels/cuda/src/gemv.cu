@@ -877,6 +877,10 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
   auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(load_fresh2(p.bias + n)) : 0.f; };
   float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
   __syncthreads();  // the signals are there
+#if AWQ_RING
+  if (lane == 0)
+    for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
+#endif
   wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
@@ -1033,8 +1037,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
         for (int i = 0; i < chunks_of(p); i++) barrier_init(full_chunk(s, i), 1);
       for (int i = 0; i < p.kept_ahead; i++) barrier_init(full_kept(s, i), 1);
       fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
-      for (int i = 0; i < min(p.kept_ahead, count_tiles(p)); i++) copy_kept(p, s, i);  // few bytes: not behind a stage
-      copier.fill(p, s);
+      copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
     }
     __syncthreads();
