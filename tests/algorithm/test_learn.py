@@ -57,7 +57,9 @@ def test_the_loss_of_the_block_is_that_of_a_real_run(learned: Any) -> None:
     apply(model, results)
     with torch.no_grad():
         exact, got = (one(input_ids=held, output_hidden_states=True).hidden_states[1] for one in (tiny_llama(), model))
-    assert seen[0].loss[1] == pytest.approx(float((got - exact).square().mean()), rel=1e-3)
+    assert seen[0].loss[1] == pytest.approx(
+        float((got - exact).square().mean()), rel=3e-3
+    )  # norms are stored as float16
 
 
 def test_kept_channels_lower_the_loss_of_the_block_that_learned(learned: Any) -> None:

@@ -20,6 +20,7 @@ from awq.algorithm.inputs.propagate import Propagation, enter_both, recorded, re
 from awq.algorithm.inputs.routing import recorded_routing
 from awq.algorithm.inputs.stats import InputStats
 from awq.algorithm.inputs.text import Text
+from awq.algorithm.keep import channels_to_keep
 from awq.algorithm.learn import learn
 from awq.algorithm.passes import count_tokens, find_passes, input_sets
 from awq.algorithm.ranks import here
@@ -148,7 +149,7 @@ class BlockLoop:
         folds = [folded for folded in made if folded]
         sets = input_sets(structure, linears)
         if not self._propagates(index):
-            return _plainly(sets, config, self.loops)
+            return _plainly(streams, sets, config, self.loops)
         left = self.budget.left
         with every_expert(block, self.chunks):
             while True:
@@ -193,10 +194,11 @@ class BlockLoop:
         }
 
 
-def _plainly(sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
+def _plainly(streams: Propagation, sets: list[Linears], config: QuantConfig, loops: Loops) -> Results:
+    solutions = list(solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config, loops)))
     results: Results = {}
-    for solution in solve_dealt(sets, [None] * len(sets), config, lambda part, _: solve(part, config, loops)):
-        results |= finish(solution, keep_plainly(solution, config.outlier_ratio), config)
+    for channels in channels_to_keep(streams, solutions, config.outlier_ratio):
+        results |= finish(one := solutions.pop(0), keep_plainly(one, channels), config)  # not held any longer
     return results
 
 

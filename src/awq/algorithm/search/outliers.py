@@ -37,18 +37,20 @@ class Kept(NamedTuple):
     loss: float
 
 
-def outlier_count(in_features: int, ratio: float) -> int:
-    return max(1, round(ratio * in_features)) if ratio > 0 else 0
+def channel_costs(solution: Solution) -> Tensor:
+    """What plain rounding of each input channel is expected to cost, float32 [in_features].
 
-
-def choose_channels(deltas: Sequence[Tensor], gram: Tensor, count: int) -> Tensor:
-    """The `count` input channels whose rounding is expected to cost the most, ascending, int64 [count].
-
-    The cost of channel j is G_jj * ||dW_j||^2, summed over the linears that read the same input, so that one gather
-    of x serves them all. deltas: rounded minus original weight, float32 [out_features, in_features] each.
+    G_jj * ||dW_j||^2 over the output's power, summed over the linears that read the input, so that one gather of x
+    serves them all, and times the tokens that they are given; 0 where those say nothing.
     """
-    cost = sum((delta.square().sum(0) for delta in deltas), torch.zeros_like(gram[0])) * gram.diagonal()
-    return cost.topk(count).indices.sort().values
+    gram = next(iter(solution.linears.values())).stats.gram
+    total = torch.zeros_like(gram[0])
+    if all(linear.usable for linear in solution.linears.values()):
+        for name, linear in solution.linears.items():
+            coded = solution.coded[name]
+            delta = (coded.decode() - coded.target).mul_(linear.row_scale.unsqueeze(1))
+            total += delta.square_().sum(0).mul_(linear.tokens / linear.power)
+    return total * gram.diagonal()
 
 
 def residual(delta: Tensor, channels: Tensor, gram: Tensor) -> Tensor:
@@ -65,15 +67,14 @@ def residual(delta: Tensor, channels: Tensor, gram: Tensor) -> Tensor:
     return solution.to(torch.float16).contiguous()
 
 
-def keep_plainly(solution: Solution, ratio: float) -> dict[str, Kept]:
-    """The same share of channels for every input, after plain rounding; none where they lower no loss."""
-    linears = solution.linears
-    if ratio == 0 or not all(linear.usable for linear in linears.values()):
+def keep_plainly(solution: Solution, channels: Tensor) -> dict[str, Kept]:
+    """The channels by linear, after plain rounding; none where they lower no loss."""
+    if not len(channels):
         return {}
-    gram = next(iter(linears.values())).stats.gram
-    deltas = {name: coded.delta for name, coded in solution.coded.items()}
-    channels = choose_channels(list(deltas.values()), gram, outlier_count(len(gram), ratio))
-    return _lower(solution, channels, {name: residual(delta, channels, gram) for name, delta in deltas.items()})
+    gram = next(iter(solution.linears.values())).stats.gram
+    channels = channels.to(gram.device)
+    residuals = {name: residual(coded.delta, channels, gram) for name, coded in solution.coded.items()}
+    return _lower(solution, channels, residuals)
 
 
 def _lower(solution: Solution, channels: Tensor, residuals: Mapping[str, Tensor]) -> dict[str, Kept]:

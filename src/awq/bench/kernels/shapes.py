@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 
-from awq.algorithm.search.outliers import outlier_count
 from awq.config import MAX_OUTLIER_RATIO
 from awq.errors import ConfigError
 
@@ -108,7 +107,7 @@ class Setting:
 
     @property
     def outliers(self) -> int:
-        return outlier_count(self.shape.in_features, self.outlier_ratio)
+        return max(1, round(self.outlier_ratio * self.shape.in_features)) if self.outlier_ratio else 0
 
     @property
     def weight_bytes(self) -> int:
