@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from awq.bench.report import machine_facts
 from awq.cli.options import torch_device
 from awq.errors import AwqError
 from benchmarks.ablation.measure import Bench
+from benchmarks.ablation.several import each
 from benchmarks.ablation.table import Row, identity, insert, markdown, read_rows, show, write_rows
 from benchmarks.ablation.variants import Variant, variants
 
@@ -37,6 +40,7 @@ def run(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a block.")] = 512,
     only: Annotated[str, typer.Option(help="Only rows whose section and name hold this pattern.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="Rows at once: twelve for a small model on a large GPU.")] = 1,
     output: Annotated[Path | None, typer.Option(help="The CSV.", show_default="ablation-MODEL.csv")] = None,
 ) -> None:
     """Measure every row that the CSV does not have yet."""
@@ -53,12 +57,14 @@ def run(
     machine = machine_facts(bench.device)
     facts = {name: machine[name] for name in MACHINE}
     rows = read_rows(path)
-    for variant in variants():
-        if re.search(only, f"{variant.section}: {variant.name}"):
-            rows += _measure(bench, variant, {identity(row) for row in rows}, facts)
+    known = {identity(row) for row in rows}
+    wanted = [one for one in variants() if re.search(only, f"{one.section}: {one.name}")]
+    with each(jobs, bench, partial(_measure, known=known, facts=facts), wanted) as measured:
+        for new in measured:
+            rows += [row for row in new if identity(row) not in known]
             if rows:
-                write_rows(path, rows)
-    show(rows)
+                write_rows(path, _in_order(rows))
+    show(_in_order(rows))
 
 
 @app.command()
@@ -75,7 +81,7 @@ def table(
 
 
 def _measure(bench: Bench, variant: Variant, known: set[tuple[str, ...]], facts: Row) -> list[Row]:
-    """The new rows of a variant; none where they are known, or the model does not allow them, which is said."""
+    """The rows of a variant; none where they are known, or the model does not allow them, which is said."""
     heads = [_head(bench, variant, name) for name in variant.rows]
     if all(identity(head) in known for head in heads):
         return []
@@ -88,7 +94,13 @@ def _measure(bench: Bench, variant: Variant, known: set[tuple[str, ...]], facts:
     rows = [head | figures | facts | date for head, figures in zip(heads, measured, strict=True)]
     for row in rows:
         typer.echo(f"{_line(row)}", err=True)
-    return [row for row in rows if identity(row) not in known]
+    return rows
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """As `variants` has them."""
+    places = {(v.section, name): place for place, v in enumerate(variants()) for name in v.rows}
+    return sorted(rows, key=lambda row: places.get((row["section"], row["name"]), len(places)))
 
 
 def _head(bench: Bench, variant: Variant, name: str) -> dict[str, Any]:

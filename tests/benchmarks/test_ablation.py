@@ -155,6 +155,19 @@ def test_the_command_measures_resumes_and_fills_the_documentation(
     assert "| rounding | 4 | 64 |" in varied and "| rounding | 3 | 64 |" in varied
 
 
+def test_rows_measured_at_once_are_those_measured_in_turn(folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for jobs in ("1", "2"):
+        shown = call(
+            folder, "--only", "^steps: (float|rounding|scale$)", "--jobs", jobs, "--output", str(tmp_path / jobs)
+        )
+        assert shown.exit_code == 0, shown.output
+        found[jobs] = [
+            {key: value for key, value in row.items() if key != "seconds"} for row in rows_of(tmp_path / jobs)
+        ]
+    assert found["1"] == found["2"] and len(found["1"]) == 3
+
+
 def test_the_documentation_has_a_place_for_the_tables() -> None:
     before, _, rest = Path(__file__).parents[2].joinpath("docs", "accuracy.md").read_text().partition(BEGIN)
     assert before.startswith("# ") and END in rest
