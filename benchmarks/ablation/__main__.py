@@ -99,11 +99,20 @@ def _measure(bench: Bench, variant: Variant, known: set[tuple[str, ...]], facts:
 
 def _in_order(rows: Sequence[Row]) -> list[Row]:
     """As `variants` has them."""
-    places = {(v.section, name): place for place, v in enumerate(variants()) for name in v.rows}
-    return sorted(rows, key=lambda row: places.get((row["section"], row["name"]), len(places)))
+    wanted = [_what(variant, name) for variant in variants() for name in variant.rows]
+    places = {tuple(map(str, what.values())): place for place, what in enumerate(wanted)}
+    return sorted(rows, key=lambda row: places.get(tuple(str(row[column]) for column in wanted[0]), len(places)))
 
 
 def _head(bench: Bench, variant: Variant, name: str) -> dict[str, Any]:
+    return _what(variant, name) | {
+        "samples": bench.samples,
+        "seq_len": bench.seq_len,
+        "windows": "+".join(str(windows or "all") for _, windows in bench.evaluation.values()),
+    }
+
+
+def _what(variant: Variant, name: str) -> dict[str, Any]:
     config = variant.config
     return {
         "section": variant.section,
@@ -112,9 +121,6 @@ def _head(bench: Bench, variant: Variant, name: str) -> dict[str, Any]:
         "calibration": variant.calibration,
         "bits": config.bits if config else 32,
         "group_size": config.group_size if config else 0,
-        "samples": bench.samples,
-        "seq_len": bench.seq_len,
-        "windows": "+".join(str(windows or "all") for _, windows in bench.evaluation.values()),
     }
 
 
