@@ -1,4 +1,4 @@
-"""effort="balanced" with one of its parts left out."""
+"""effort="balanced" without some of its parts: without all propagation, without targets, without the residual term."""
 
 from __future__ import annotations
 

@@ -97,11 +97,10 @@ def sections(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """The sections that have rows, in order, with their titles."""
     steps = [row for row in rows if row["section"] == "steps"]
     common = [row for row in steps if row["name"].rpartition(": ")[2] in ("rounding", *EFFORTS)]
-    found = {name: [row for row in rows if row["section"] == name] for name in SECTIONS}
+    titles = SECTIONS | {row["section"]: row["section"] for row in rows if row["section"] not in SECTIONS}
+    found = {name: [row for row in rows if row["section"] == name] for name in titles}
     return [
-        (title, [*(common if name in OF_STEPS else ()), *found[name]])
-        for name, title in SECTIONS.items()
-        if found[name]
+        (title, [*(common if name in OF_STEPS else ()), *found[name]]) for name, title in titles.items() if found[name]
     ]
 
 

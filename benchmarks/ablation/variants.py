@@ -20,7 +20,7 @@ class Variant:
     """One way to quantize; one row, or two where it keeps channels: without them, as other engines run it, and with.
 
     config: None for the float model
-    step:   which part of effort="balanced" is left out, a name in `benchmarks.ablation.steps.STEPS`
+    step:   what effort="balanced" does without, a name in `benchmarks.ablation.steps.STEPS`
     keep:   criterion by which channels of the plainly rounded model are kept, a name in `...channels.CRITERIA`
     """
 

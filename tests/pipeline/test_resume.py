@@ -19,7 +19,7 @@ from awq.checkpoint.output import unfinished
 from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.slots import Slots
 from awq.config import QuantConfig
-from awq.errors import AwqError, CheckpointError, OutputExistsError
+from awq.errors import AwqError, CheckpointError, OutOfMemoryError, OutputExistsError
 from awq.pipeline import recipe as recipe_module
 from awq.pipeline.recipe import Finished, quantize_folder
 from awq.pretrained import source as source_module
@@ -313,3 +313,14 @@ def test_nothing_unfinished_passes_for_a_checkpoint(
     assert (
         json.loads((work / "journal.jsonl").read_text().splitlines()[1].partition(" ")[2])["block"] == "model.layers.0"
     )
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_gpu_without_memory_says_what_helps_and_what_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    end_at(monkeypatch, block, torch.OutOfMemoryError("CUDA out of memory"))
+    kept = "2 of 4 blocks are kept: the same command goes on behind them" if block else "which needs less"
+    with pytest.raises(OutOfMemoryError, match=rf"lower --gpu-memory.*{kept}\.$"):
+        run(source, tmp_path / "out")
+    assert run(source, tmp_path / "out").path == tmp_path / "out"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from awq.config import QuantConfig
 from awq.data.calibration import CalibrationSet
-from awq.errors import CheckpointError, ConfigError, KernelNotSupportedError, ModelNotFoundError
+from awq.errors import CheckpointError, ConfigError, KernelNotSupportedError, ModelNotFoundError, OutOfMemoryError
 from awq.linear import QuantLinear
 from awq.pipeline.recipe import quantize_model
 from awq.storage.load import load_dequantized, load_quantized
@@ -116,3 +116,12 @@ def test_an_old_name_of_a_version_is_said_once(folder: Path) -> None:
     with pytest.warns(UserWarning, match="marlin") as said:
         load_quantized(folder, version="marlin", device="cpu")
     assert len(said) == 1
+
+
+def test_a_gpu_without_room_for_the_model_says_what_helps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(QuantLinear, "prepare", full)
+    with pytest.raises(OutOfMemoryError, match="does not fit into what is free on cpu.*device_map='auto'"):
+        load_quantized(folder, device="cpu")

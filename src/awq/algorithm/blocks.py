@@ -110,11 +110,11 @@ class BlockLoop:
             results = self._solve(block, index, stored_in)
             yield {f"{name}.{linear}": result.to(origin) for linear, result in results.items()}
 
-    def replay(self, index: int, left: float, quantized: Mapping[str, Tensor] | None) -> None:
+    def replay(self, index: int, left: float, quantized: Callable[[], Mapping[str, Tensor] | None]) -> None:
         """Move on behind a block that is done.
 
-        left: what it left of the budget. quantized: its parameters as `solved` left them, by their name in it, those of
-        the quantized linears as the int4 alone has them; on other ranks than the first, None.
+        left: what it left of the budget. quantized, asked where both streams go on: its parameters as `solved` left
+        them, by their name in it, those of quantized linears as the int4 alone has them; None on ranks but the first.
         """
         block, self.budget.left = self.blocks[index], left
         with torch.no_grad(), self.weights.block(index), lifted(block, self.device):
@@ -123,10 +123,10 @@ class BlockLoop:
                 for chunk in self.chunks:
                     chunk.hidden = chunk.run(index, block, chunk.hidden)
             if self._propagates(index):
-                for parameter, value in block.named_parameters():
-                    if quantized is not None:
-                        value.data.copy_(quantized[parameter])
-                    value.data.copy_(here().hand_out(value.data.contiguous()))
+                parameters = quantized()
+                for name, value in block.named_parameters():
+                    own = value.data if parameters is None else parameters[name].to(value.data)
+                    value.data.copy_(here().hand_out(own.contiguous()))
                 Propagation(block, index, self.chunks, inputs).advance()
 
     def checksum(self) -> int:

@@ -21,8 +21,8 @@ class Graphs:
     A key holds what the work reads by address, so that none of it is freed before its graph.
     """
 
-    def __init__(self, device: torch.device, enabled: bool = True) -> None:
-        self.device, self.enabled = device, enabled and device.type == "cuda"
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.enabled = device, device.type == "cuda"
         self._graphs: dict[Hashable, tuple[Any, Any] | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.enabled else None
 

@@ -4,7 +4,7 @@ The engine owns the cache, the sampling and the CUDA graph; a `Step` computes lo
 
     engine                                         step
     prefill: `prompt` of a `PromptStep`, or the model's own forward; cache filled
-    warm-up: a few plain calls                     decode(tokens, positions, cache) -> logits
+    warm-up: one plain call                        decode(tokens, positions, cache) -> logits
     capture: decode + choice of the token + count, as one CUDA graph for each bucket of lengths
     replay:  once a token; the host never waits
 

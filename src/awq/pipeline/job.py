@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from awq.algorithm.result import Results
 from awq.checkpoint.output import unfinished
 from awq.checkpoint.write import Written
 from awq.config import QuantConfig
-from awq.errors import AwqError
+from awq.errors import AwqError, OutOfMemoryError
 from awq.pipeline.effort import inner_loops, warn_if_slow
 from awq.pipeline.elsewhere import Elsewhere, open_run
 from awq.pipeline.memory import Limits, Place, plan_activations
@@ -128,7 +129,7 @@ def _solve(
     shown = progress and here().rank == 0
     with track("Quantizing", blocks, enabled=shown) as bar, in_background(run.add) as add:
         for index, entry in enumerate(begun):
-            loop.replay(index, entry["left"], run.parameters(index, job.device))
+            loop.replay(index, entry["left"], partial(run.parameters, index, job.device))
             bar.advance(note=f"{entry['block']}, done before")
         if begun and loop.checksum() != begun[-1]["checksum"]:
             warnings.warn(
@@ -195,8 +196,15 @@ def _continued(run: Run | Elsewhere, blocks: int) -> Iterator[None]:
     """Say with what ends the run how it can be continued."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = (
+            "the GPU ran out of memory: free some of it, lower --gpu-memory, or use --effort fast, which needs less."
+        )
+        raise OutOfMemoryError(f"{reason} {_kept(run, blocks)}".strip()) from error
     except (AwqError, KeyboardInterrupt) as error:
-        if not run.done:
-            raise
-        kept = f"{len(run.done)} of {blocks} blocks are kept: the same command goes on behind them."
-        raise type(error)(f"{error} {kept}".strip()) from error
+        raise type(error)(f"{error} {_kept(run, blocks)}".strip()) from error
+
+
+def _kept(run: Run | Elsewhere, blocks: int) -> str:
+    done = len(run.done)
+    return f"{done} of {blocks} blocks are kept: the same command goes on behind them." if done else ""

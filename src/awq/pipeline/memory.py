@@ -89,7 +89,7 @@ def _moments(block: nn.Module, shapes: Mapping[str, LinearShape]) -> int:
             experts += 4 * width * (width + out)
         else:
             rows[width] += out
-    return max(min(experts, PASS_BYTES // 2), *(4 * width * (width + out) for width, out in rows.items()))
+    return max([min(experts, PASS_BYTES // 2), *(4 * width * (width + out) for width, out in rows.items())])
 
 
 def _stream_bytes(blocks: nn.ModuleList, tokens: torch.Size) -> int:

@@ -58,12 +58,9 @@ class Solved:
 
 
 class Run:
-    """What is on the disk of an output: the finished blocks in their places, and the journal of them.
+    """What is on the disk of an output: the finished blocks in their places, and the journal of them."""
 
-    identity: what a run must have in common with the one that it continues
-    """
-
-    def __init__(self, target: Target, stored: Stored, identity: Mapping[str, Any]) -> None:
+    def __init__(self, target: Target, stored: Stored) -> None:
         self.target, self.stored = target, stored
         self.work = unfinished(target.path)
         self.stage, self.parts = self.work / "checkpoint", self.work / "parts"
@@ -74,8 +71,11 @@ class Run:
     @classmethod
     @contextmanager
     def open(cls, target: Target, stored: Stored, identity: Mapping[str, Any]) -> Iterator[Self]:
-        """A run that ends with its journal closed: what can be continued stays, anything else is removed."""
-        run = cls(target, stored, identity)
+        """A run that ends with its journal closed: what can be continued stays, anything else is removed.
+
+        identity: what it must have in common with a run that it continues
+        """
+        run = cls(target, stored)
         try:
             run._begin(identity)
             yield run

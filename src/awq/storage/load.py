@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from awq.checkpoint.read import Checkpoint, open_checkpoint
 from awq.engine import attach
 from awq.engine.head import use_head
-from awq.errors import CheckpointError
+from awq.errors import CheckpointError, OutOfMemoryError
 from awq.kernels import pinned_version, select_kernel_version
 from awq.linear import QuantLinear
 from awq.pretrained.limits import check_folder
@@ -77,12 +77,18 @@ def load_quantized(
             prepare(layer)
         return layer
 
-    made = _assemble(checkpoint, quant_linear, dtype, trust_remote_code)
-    use_head(made, head)
-    if parted:
-        made = spread(made, find_places(made, device_map, max_memory), prepare, offload_folder)
-    else:
-        made = made.to(target)
+    try:
+        made = _assemble(checkpoint, quant_linear, dtype, trust_remote_code)
+        use_head(made, head)
+        if parted:
+            made = spread(made, find_places(made, device_map, max_memory), prepare, offload_folder)
+        else:
+            made = made.to(target)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"{model} does not fit into what is free on {target}: free some of its memory, choose another device, or "
+            "spread the model over several, device_map='auto' in from_quantized."
+        ) from error
     return attach(made, max_seq_len)
 
 

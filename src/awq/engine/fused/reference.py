@@ -1,4 +1,4 @@
-"""The plan of a decoder run by torch in float32: what the fused kernels are held to, and what accepts the plan."""
+"""The plan of a decoder run by torch in float32: what tests hold the fused kernels to."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@
 //   y       [batch][heads][HEAD_DIM]
 //
 // A block takes one key head and up to 8 of its query heads (where more share it, others take them). The tokens from the
-// first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to ALONE chunks are
-// the first block's; more are shared among as many blocks as have PER chunks each, up to 8 and for long texts SPLITS. The
-// last of them puts the shares together: it waits for every number of the others to be there, which costs a trip to the
+// first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to PER chunks, what
+// the rings hold, are the first block's; more are shared among as many blocks as have PER each, up to 8 and for long texts
+// SPLITS. The last of them puts the shares together: it waits for every number of the others to be there, which costs a trip to the
 // second-level cache and back. The blocks of a cluster, which could do with less, start only where a whole cluster finds
 // room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
 //
@@ -32,14 +32,9 @@
 #ifndef UNITS  // of a warp's ring: 16 keys or 16 values each
 #define UNITS 2
 #endif
-#ifndef PER
-#define PER (WARPS * UNITS / 2)  // chunks that the rings hold
-#endif
-#ifndef ALONE
-#define ALONE PER
-#endif
 
 constexpr int THREADS = 32 * WARPS, HEADS = 8, CHUNK = 16;
+constexpr int PER = WARPS * UNITS / 2;           // chunks that the rings hold
 constexpr int WIDE = (HEAD_DIM + 31) / 32 * 32;  // channels with padding
 constexpr int PITCH = WIDE + 8;                  // halves from row to row in shared memory: 16 bytes apart in the banks
 constexpr int UNIT = CHUNK * PITCH * 2, RING = UNITS * UNIT;
@@ -121,7 +116,7 @@ struct Tokens {
     // Each block more costs the last one a look: Llama-3-8B's shape took 1563 us a token at 1024 tokens with 9 of them on
     // an H200, 1440 with 5.
     int wanted = max(min(8, (count + PER - 1) / PER), (count + 39) / 40);
-    blocks = SPLITS == 1 || count <= ALONE ? 1 : min(SPLITS, wanted);
+    blocks = SPLITS == 1 || count <= PER ? 1 : min(SPLITS, wanted);
     alone = blocks == 1;
     stride = blocks * WARPS;
   }
