@@ -123,5 +123,5 @@ def test_a_gpu_without_room_for_the_model_says_what_helps(folder: Path, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(QuantLinear, "prepare", full)
-    with pytest.raises(OutOfMemoryError, match="does not fit into what is free on cpu.*device_map='auto'"):
+    with pytest.raises(OutOfMemoryError, match=r"does not fit into what is free on cpu.*device_map='auto'"):
         load_quantized(folder, device="cpu")
