@@ -40,7 +40,7 @@ SAMPLES, SEQ_LEN = 32, 512
 WINDOW, MAX_WINDOWS = 512, 16
 PROMPT = "Why is the sky blue? Answer in one sentence."
 SHAPES = ("1536x576", "576x1536")
-FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scaling and clipping"
+FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scales, clipping, refit"
 AWQ_OUTLIERS = f"AWQ + {CONFIG.outlier_ratio:.0%} fp16 channels"
 FILES = {"model", "demo-report.json", "perplexity.png", "salience.png", "latency.png"}
 

@@ -51,7 +51,11 @@ def quantize(
         str, typer.Option(help="Kernel version to note in the checkpoint: GEMM or GEMV; pins nothing.")
     ] = DEFAULTS.version,
     outlier_ratio: Annotated[
-        float, typer.Option(help=f"Share of input channels kept in fp16, 0 (off) to {MAX_OUTLIER_RATIO}.")
+        float,
+        typer.Option(
+            help="Share of the weights that may be kept in fp16 too, as input channels, "
+            f"0 (off) to {MAX_OUTLIER_RATIO}."
+        ),
     ] = DEFAULTS.outlier_ratio,
     effort: Annotated[
         Effort,
