@@ -153,3 +153,28 @@ def test_prompt_without_a_token(quantized: Path) -> None:
 )
 def test_settings_of_the_kernel_benchmark(flags: str, part: str) -> None:
     assert part in refused("bench", "kernels", *flags.split())
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "bench kernels"])
+@pytest.mark.parametrize(
+    ("plot", "part"),
+    [("plot.xyz", "end in .png, .svg or .pdf"), ("plot", "end in"), ("absent/plot.png", "absent does not exist")],
+)
+def test_plots_that_cannot_be_drawn(
+    quantized: Path, tmp_path: Path, command: str, plot: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awq.bench.kernels.run.bench_settings", None)  # no long work
+    assert part in refused(*command.format(quantized).split(), "--plot", tmp_path / plot)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["bench model {}", "bench kernels"])
+def test_rows_that_cannot_be_written(
+    quantized: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awq.bench.kernels.run.bench_settings", None)  # no long work
+    monkeypatch.setattr("awq.bench.generation.measure_generation", None)
+    (tmp_path / "file").write_text("")
+    assert "file does not exist" in refused(*command.format(quantized).split(), "--csv", tmp_path / "file" / "x.csv")
+    long = tmp_path / f"{'x' * 300}.csv"
+    assert "File name too long" in refused(*command.format(quantized).split(), "--csv", long)

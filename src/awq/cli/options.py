@@ -32,7 +32,7 @@ TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Sample from tokens this likely next to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were said less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")]
-Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this file: .png, .svg or .pdf.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub private.")]
 
 
