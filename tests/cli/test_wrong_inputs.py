@@ -60,6 +60,23 @@ def test_float_model_where_a_checkpoint_is_needed(tiny: Path, command: str) -> N
     assert "is not quantized" in refused(*command.format(tiny).split())
 
 
+@pytest.mark.parametrize("command", ["quantize {} --output out", "inspect {}", "generate {} --prompt x", "eval {}"])
+def test_empty_model(command: str) -> None:
+    assert "'' names no model" in refused(*(word.format("") for word in command.split()))
+
+
+@pytest.mark.parametrize("command", ["quantize {}", "demo"])
+def test_empty_output(tiny: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.cli.demo.find_embedded_model", lambda: tiny)
+    assert "'' names no output folder" in refused(*command.format(tiny).split(), "--output", "")
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "eval {}", "bench model {}"])
+def test_a_file_where_a_folder_is_meant(quantized: Path, command: str) -> None:
+    sentence = refused(*command.format(quantized / "model.safetensors").split())
+    assert "model.safetensors is a file: give the folder that it lies in" in sentence
+
+
 def test_pickles_only(tiny: Path, tmp_path: Path, out: Path) -> None:
     model = tmp_path / "pickled"
     shutil.copytree(tiny, model)

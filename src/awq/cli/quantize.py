@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,7 +35,7 @@ class Verify(StrEnum):
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The float model: a folder, a .gguf file or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     push_to_hub: Annotated[str | None, typer.Option(help="Upload it too: the repository, owner/name.")] = None,
     private: options.Private = False,
     bits: Annotated[int, typer.Option(help="Bits a weight; only 4 can be stored.")] = DEFAULTS.bits,
