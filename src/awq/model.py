@@ -166,7 +166,7 @@ class AwqModel(nn.Module):
         if not safetensors:
             warnings.warn("safetensors=False has no meaning here: pickled weights are not written.", stacklevel=2)
         if self.source is not None:
-            convert_checkpoint(self.source, Path(save_dir), overwrite=overwrite)
+            convert_checkpoint(self.source, save_dir, overwrite=overwrite, shard_size=shard_size)
             return
         if self.report is None:
             raise AwqError(f"{self.name} is not quantized yet: call quantize() before save_quantized().")

@@ -161,4 +161,6 @@ def _show(finished: Finished, url: str | None, as_json: bool) -> None:
     title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
     took: dict[str, object] = {f"seconds to {stage}": seconds for stage, seconds in finished.seconds.items()}
     took |= {f"{place} memory": format_bytes(size) for place, size in finished.memory.items()}
+    if finished.already_complete:  # the size of shards is no part of a recipe
+        took["shards"] = "of the size that they had; --overwrite writes them anew"
     print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary, **took})
