@@ -170,6 +170,14 @@ def test_wrong_calls_are_one_sentence(
         AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"a": 9, "b": "cpu"})
     with pytest.raises(ConfigError, match=r"device_map has no place for model\.layers\.0\.self_attn\.q_proj"):
         AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"model.norm": "disk", "lm_head": "cpu"})
+    for length in (-5, 0, "5", 2.5):
+        with pytest.raises(ConfigError, match="is no number of tokens"):
+            AutoAWQForCausalLM.from_quantized(quantized_folder, max_seq_len=length)
+    with pytest.raises(ConfigError, match="None names no model"):
+        AutoAWQForCausalLM.from_pretrained(None)  # type: ignore[arg-type]
+    for device_map in ({"": "tpu"}, {"model": "cpu", "lm_head": "tpu"}):
+        with pytest.raises(ConfigError, match="device 'tpu' is unknown"):
+            AutoAWQForCausalLM.from_pretrained(float_folder, device_map=device_map)
     model = AutoAWQForCausalLM.from_pretrained(float_folder)
     with pytest.raises(AwqError, match=r"call quantize\(\) before"):
         model.save_quantized("out")

@@ -283,6 +283,9 @@ def _float_device_map(device_map: Any, source: Source) -> Any:
         return {"": 0} if fits else None
     if isinstance(device_map, str | int | torch.device):
         return {"": pick_device(_single_device(device_map))}
+    for place in device_map.values() if isinstance(device_map, Mapping) else ():
+        if place != "disk":
+            pick_device(_single_device(place))
     return device_map
 
 
