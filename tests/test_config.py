@@ -1,5 +1,7 @@
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from awq.config import QuantConfig, canonical_version
@@ -33,6 +35,14 @@ def test_one_excluded_name_is_not_its_letters() -> None:
         ({"outlier_ratio": "x"}, "out of range"),
         ({"effort": "most"}, "effort='most' is not known: use fast, balanced or max"),
         ({"effort": 1}, "effort=1"),
+        ({"zero_point": "no"}, "zero_point='no' is neither on nor off"),
+        ({"scale": "x"}, "scale='x'"),
+        ({"bits": True}, "bits=1"),
+        ({"bits": 3.5}, "bits=3.5"),
+        ({"bits": float("inf")}, "bits=inf"),
+        ({"group_size": "64"}, "group_size='64'"),
+        ({"modules_to_not_convert": 5}, "modules_to_not_convert=5 is no list"),
+        ({"modules_to_not_convert": [5]}, "no list of names"),
         ([1], "no dictionary"),
         ({"version": "exllama"}, "unknown kernel version 'exllama'"),
         ({"version": None, "grup_size": 1}, "unknown setting 'grup_size'"),
@@ -43,6 +53,12 @@ def test_one_excluded_name_is_not_its_letters() -> None:
 def test_wrong_settings_are_one_sentence(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QuantConfig.from_dict(settings)
+
+
+def test_numbers_of_another_kind_are_stored_as_what_they_equal() -> None:
+    given = QuantConfig.from_dict({"w_bit": 4.0, "q_group_size": np.int64(64), "zero_point": np.False_, "clip": 1})
+    assert given == QuantConfig(bits=4, group_size=64, zero_point=False)
+    assert json.loads(json.dumps(given.to_dict())) == {**given.to_dict(), "modules_to_not_convert": []}
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,15 @@ def test_saving_what_was_loaded_copies_it(quantized_folder: Path, tmp_path: Path
         assert torch.equal(first.packed(name).qweight, second.packed(name).qweight)
 
 
+def test_the_copy_has_shards_of_the_size_asked_for(quantized_folder: Path, tmp_path: Path) -> None:
+    model = AutoAWQForCausalLM.from_quantized(quantized_folder)
+    with pytest.raises(ConfigError, match="'nonsense' is no size"):
+        model.save_quantized(tmp_path / "copy", shard_size="nonsense")
+    model.save_quantized(tmp_path / "copy", shard_size="20KB")
+    assert len([*(tmp_path / "copy").glob("model-*.safetensors")]) > 1
+    assert open_checkpoint(tmp_path / "copy").linears == open_checkpoint(quantized_folder).linears
+
+
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}, None])
 def test_device_maps_of_one_device(quantized_folder: Path, device_map: Any) -> None:
     assert AutoAWQForCausalLM.from_quantized(quantized_folder, device_map=device_map).device.type in ("cpu", "cuda")
@@ -161,6 +170,14 @@ def test_wrong_calls_are_one_sentence(
         AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"a": 9, "b": "cpu"})
     with pytest.raises(ConfigError, match=r"device_map has no place for model\.layers\.0\.self_attn\.q_proj"):
         AutoAWQForCausalLM.from_quantized(quantized_folder, device_map={"model.norm": "disk", "lm_head": "cpu"})
+    for length in (-5, 0, "5", 2.5):
+        with pytest.raises(ConfigError, match="is no number of tokens"):
+            AutoAWQForCausalLM.from_quantized(quantized_folder, max_seq_len=length)
+    with pytest.raises(ConfigError, match="None names no model"):
+        AutoAWQForCausalLM.from_pretrained(None)  # type: ignore[arg-type]
+    for device_map in ({"": "tpu"}, {"model": "cpu", "lm_head": "tpu"}):
+        with pytest.raises(ConfigError, match="device 'tpu' is unknown"):
+            AutoAWQForCausalLM.from_pretrained(float_folder, device_map=device_map)
     model = AutoAWQForCausalLM.from_pretrained(float_folder)
     with pytest.raises(AwqError, match=r"call quantize\(\) before"):
         model.save_quantized("out")

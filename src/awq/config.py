@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Self
 
 from awq.errors import ConfigError
@@ -61,9 +62,13 @@ class QuantConfig:
     effort: str = "balanced"
 
     def __post_init__(self) -> None:
+        for name in ("zero_point", "scale", "clip", "refit"):
+            object.__setattr__(self, name, _flag(name, getattr(self, name)))
+        for name in ("bits", "group_size"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
         if self.bits not in (2, 3, 4):
             raise ConfigError(f"bits={self.bits!r} cannot be quantized: use 4 (2 and 3 only to evaluate).")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+        if self.group_size not in (None, *GROUP_SIZES):
             raise ConfigError(f"group_size={self.group_size!r} is not one of {', '.join(map(str, GROUP_SIZES))}.")
         if not (_is_number(self.outlier_ratio) and 0 <= self.outlier_ratio <= MAX_OUTLIER_RATIO):
             raise ConfigError(
@@ -123,6 +128,21 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _name_list(names: str | Iterable[str] | None) -> tuple[str, ...]:
+def _flag(name: str, value: Any) -> bool:
+    """A switch as JSON and numpy spell it; a word would count as true whatever it says."""
+    if value not in (False, True):
+        raise ConfigError(f"{name}={value!r} is neither on nor off: use True or False.")
+    return bool(value)
+
+
+def _whole(value: Any) -> Any:
+    """4.0 and numpy's 4 as the int that they equal, which JSON can hold; anything else as it is."""
+    return int(float(value)) if isinstance(value, Real) and value % 1 == 0 else value
+
+
+def _name_list(names: Any) -> tuple[str, ...]:
     """A single string is one name, not its letters."""
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    listed = (names,) if isinstance(names, str) else () if names is None else names
+    if not isinstance(listed, Collection) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"modules_to_not_convert={names!r} is no list of names: give parts of linears' names.")
+    return tuple(listed)

@@ -166,7 +166,7 @@ class AwqModel(nn.Module):
         if not safetensors:
             warnings.warn("safetensors=False has no meaning here: pickled weights are not written.", stacklevel=2)
         if self.source is not None:
-            convert_checkpoint(self.source, Path(save_dir), overwrite=overwrite)
+            convert_checkpoint(self.source, save_dir, overwrite=overwrite, shard_size=shard_size)
             return
         if self.report is None:
             raise AwqError(f"{self.name} is not quantized yet: call quantize() before save_quantized().")
@@ -283,6 +283,9 @@ def _float_device_map(device_map: Any, source: Source) -> Any:
         return {"": 0} if fits else None
     if isinstance(device_map, str | int | torch.device):
         return {"": pick_device(_single_device(device_map))}
+    for place in device_map.values() if isinstance(device_map, Mapping) else ():
+        if place != "disk":
+            pick_device(_single_device(place))
     return device_map
 
 

@@ -106,6 +106,15 @@ def test_files_that_cannot_take_rows(tmp_path: Path) -> None:
     assert report.kernels_file(other, torch.device("cpu")) == other
     with pytest.raises(ConfigError, match="does not exist"):
         report.kernels_file(tmp_path / "absent" / "rows.csv", torch.device("cpu"))
+    picture = tmp_path / "picture.csv"
+    picture.write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match="other columns"):
+        report.kernels_file(picture, torch.device("cuda"))
+
+
+def test_a_checked_file_is_not_made(tmp_path: Path) -> None:
+    """A measurement that ends early leaves no empty file."""
+    assert not report.kernels_file(tmp_path / "rows.csv", torch.device("cpu")).exists()
 
 
 def test_the_commit_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from typer.testing import CliRunner
@@ -76,6 +76,29 @@ def test_only_what_differs_is_read_again(monkeypatch: pytest.MonkeyPatch) -> Non
     read.clear()
     talk.ask("x")
     assert read[0] == len("<ux>:")
+
+
+def test_a_stopped_question_was_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many templates want the roles to alternate: a question without an answer would end the chat."""
+    tokenizer = byte_tokenizer()
+    alternate = "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace("messages %}", "messages %}" + alternate)
+    model = attach(tiny_llama())
+    talk = Conversation(model, tokenizer, None, SETTINGS)
+    first = talk.ask("one")
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("two")
+    assert [message["content"] for message in talk.messages] == ["one", first]
+    monkeypatch.setattr(model, "generate", generate)
+    talk.forget()
+    talk.ask("three")
+    assert len(talk.messages) == 4
+
+
+def interrupted(*_: Any, **__: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def test_stopping_an_answer(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,3 +121,5 @@ def test_a_checkpoint_of_another_tool(foreign: Path) -> None:
 
 def test_no_plot_without_a_report(foreign: Path, tmp_path: Path) -> None:
     assert "awq_report.json" in refused("inspect", foreign, "--plot", tmp_path / "loss.png")
+    (foreign / "awq_report.json").write_text('{"converted_from": "gemv"}')
+    assert "awq_report.json" in refused("inspect", foreign, "--plot", tmp_path / "loss.png")

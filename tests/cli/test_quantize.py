@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_defaults(calls: list[tuple[Any, ...]]) -> None:
     assert run("quantize", "model", "--output", "out").exit_code == 0
     ((model, output, config, options),) = calls
-    assert (model, output, config) == ("model", Path("out"), QuantConfig())
+    assert (model, output, config) == ("model", "out", QuantConfig())
     assert options == {
         "calibration": (),
         "text_column": "text",
@@ -113,4 +113,6 @@ def test_a_tiny_model_twice(tiny: Path, tmp_path: Path) -> None:
     assert again["already_complete"]
     assert first["summary"] == again["summary"]
     assert len(open_checkpoint(out).linears) == first["summary"]["linears"] == 14
-    assert run(*command).stdout.startswith("Already complete")
+    resized = run(*command, "--shard-size", "20KB").stdout
+    assert resized.startswith("Already complete")
+    assert "of the size that they had; --overwrite writes them anew" in resized

@@ -60,6 +60,23 @@ def test_float_model_where_a_checkpoint_is_needed(tiny: Path, command: str) -> N
     assert "is not quantized" in refused(*command.format(tiny).split())
 
 
+@pytest.mark.parametrize("command", ["quantize {} --output out", "inspect {}", "generate {} --prompt x", "eval {}"])
+def test_empty_model(command: str) -> None:
+    assert "'' names no model" in refused(*(word.format("") for word in command.split()))
+
+
+@pytest.mark.parametrize("command", ["quantize {}", "demo"])
+def test_empty_output(tiny: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awq.cli.demo.find_embedded_model", lambda: tiny)
+    assert "'' names no output folder" in refused(*command.format(tiny).split(), "--output", "")
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "eval {}", "bench model {}"])
+def test_a_file_where_a_folder_is_meant(quantized: Path, command: str) -> None:
+    sentence = refused(*command.format(quantized / "model.safetensors").split())
+    assert "model.safetensors is a file: give the folder that it lies in" in sentence
+
+
 def test_pickles_only(tiny: Path, tmp_path: Path, out: Path) -> None:
     model = tmp_path / "pickled"
     shutil.copytree(tiny, model)
@@ -131,7 +148,13 @@ def test_checkpoint_without_a_tokenizer(quantized: Path, tmp_path: Path) -> None
         ("generate {} --prompt x --version turbo", "'turbo'"),
         ("generate {} --prompt x --kernel warp", "'warp'"),
         ("generate {} --prompt x --top-p 2", "top_p=2.0"),
+        ("generate {} --prompt x --repetition-penalty nan", "repetition_penalty=nan"),
+        ("generate {} --prompt x --repetition-penalty 0", "repetition_penalty=0.0"),
+        ("generate {} --prompt x --temperature inf", "temperature=inf"),
+        ("generate {} --prompt x --seed 99999999999999999999999", "'--seed'"),
+        ("bench model {} --seed -1", "'--seed'"),
         ("generate {} --prompt x --device cuda:99", "cuda:99"),
+        ("eval {} --limit 5", "--limit is for the tasks"),
         ("eval {} --text absent.txt", "absent.txt does not exist"),
         ("eval {} --reference absent", "absent does not exist"),
         ("eval {} --device abacus", "abacus"),
@@ -153,3 +176,28 @@ def test_prompt_without_a_token(quantized: Path) -> None:
 )
 def test_settings_of_the_kernel_benchmark(flags: str, part: str) -> None:
     assert part in refused("bench", "kernels", *flags.split())
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "bench kernels"])
+@pytest.mark.parametrize(
+    ("plot", "part"),
+    [("plot.xyz", "end in .png, .svg or .pdf"), ("plot", "end in"), ("absent/plot.png", "absent does not exist")],
+)
+def test_plots_that_cannot_be_drawn(
+    quantized: Path, tmp_path: Path, command: str, plot: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awq.bench.kernels.run.bench_settings", None)  # no long work
+    assert part in refused(*command.format(quantized).split(), "--plot", tmp_path / plot)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["bench model {}", "bench kernels"])
+def test_rows_that_cannot_be_written(
+    quantized: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awq.bench.kernels.run.bench_settings", None)  # no long work
+    monkeypatch.setattr("awq.bench.generation.measure_generation", None)
+    (tmp_path / "file").write_text("")
+    assert "file does not exist" in refused(*command.format(quantized).split(), "--csv", tmp_path / "file" / "x.csv")
+    long = tmp_path / f"{'x' * 300}.csv"
+    assert "File name too long" in refused(*command.format(quantized).split(), "--csv", long)

@@ -187,6 +187,10 @@ def test_own_samples() -> None:
         ([[1.5, 2.5]], "integers from 0"),
         ([[1, -100]], "integers from 0"),
         ("no/such/file.txt", "does not exist"),
+        ({"a": 1}, "or a source: it is dict"),
+        (5, "it is int"),
+        (torch.ones(2, 64), "it is Tensor"),
+        (b"text", "it holds int"),
     ],
 )
 def test_bad_data_gets_a_sentence(data: Any, message: str) -> None:
@@ -211,6 +215,9 @@ def test_arguments_that_do_not_fit() -> None:
         load_calibration(TOKENIZER, "prose", sources=["code"])
     with pytest.raises(CalibrationError, match="no tokenizer"):
         load_calibration(None, "prose")
+    for samples, seq_len in [("5", 64), (2.5, 64), (4, None)]:
+        with pytest.raises(CalibrationError, match="give two whole numbers"):
+            load_calibration(TOKENIZER, samples=samples, seq_len=seq_len)  # type: ignore[arg-type]
     for samples, seq_len in [(0, 64), (4, 1)]:
         with pytest.raises(CalibrationError, match="too few"):
             load_calibration(TOKENIZER, samples=samples, seq_len=seq_len)

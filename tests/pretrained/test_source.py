@@ -37,6 +37,12 @@ def test_missing_folder() -> None:
         find_source("./nowhere")
 
 
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_what_names_nothing(name: Any) -> None:
+    with pytest.raises(ConfigError, match="names no model"):
+        find_source(name)
+
+
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFoundError, match="owner/absent is no local folder"):

@@ -1,4 +1,4 @@
-"""The figures, as PNG: perplexity of each recipe, salience of channels, latency by rows, loss by linear."""
+"""The figures: perplexity of each recipe, salience of channels, latency by rows, loss by linear."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awq.bench.files import check_writable
 from awq.bench.results import DENSE, KernelBench, KernelRow, crossover, panels
-from awq.errors import MissingDependencyError
+from awq.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ VERSION_STYLE: dict[str, dict[str, Any]] = {
 }
 _MOST_PANELS, _PANELS_A_LINE = 12, 4
 _WIDE_TICKS = 10  # so many fit beside each other
+_FORMATS = (".png", ".svg", ".pdf")
 _FLOOR = "its bytes at the read ceiling"
 
 
@@ -204,6 +206,15 @@ def _loss_panel(axes: Axes, kind: str, entries: Sequence[Mapping[str, Any]]) -> 
 def _kind(name: str) -> str:
     """A linear's name without its block: model.layers.3.mlp.up_proj -> mlp.up_proj."""
     return re.sub(r"^.*?\.\d+\.", "", name, count=1)
+
+
+def check_plot(path: Path) -> None:
+    """MissingDependencyError or ConfigError where `path` cannot be drawn, before anything is measured."""
+    require_matplotlib()
+    if path.suffix.lower() not in _FORMATS:
+        known = f"{', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
+        raise ConfigError(f"{path} is no name for a plot: let it end in {known}.")
+    check_writable(path)
 
 
 def require_matplotlib() -> type[Figure]:

@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from awq import __version__
+from awq.bench.files import check_writable, refusing
 from awq.bench.generation import Latency
 from awq.bench.results import DENSE, KernelBench, KernelRow, dtype_name
 from awq.errors import ConfigError
@@ -99,7 +100,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 def kernels_file(path: Path, device: torch.device) -> Path:
     """The CSV to write: `path`, or the device's own file in that folder.
 
-    ConfigError where there is no such folder, or where a GPU's rows cannot be appended to what the file holds.
+    ConfigError where it cannot be written, or where a GPU's rows cannot be appended to what the file holds.
     """
     return _own_file(path, device, "kernels", KERNEL_COLUMNS)
 
@@ -110,16 +111,16 @@ def generation_file(path: Path, device: torch.device) -> Path:
 
 
 def _own_file(path: Path, device: torch.device, kind: str, columns: Sequence[str]) -> Path:
-    if path.is_dir():
-        short = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).removeprefix("nvidia-").strip("-")
-        path /= f"{kind}-{short}.csv"
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: the folder {path.parent} does not exist.")
-    if device.type == "cuda" and path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            header = next(csv.reader(file), None)
-        if header and tuple(header) != columns:
-            raise ConfigError(f"{path} has other columns than {kind} rows have: give another file.")
+    with refusing(path):
+        if path.is_dir():
+            short = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).removeprefix("nvidia-").strip("-")
+            path /= f"{kind}-{short}.csv"
+        check_writable(path)
+        if device.type == "cuda" and path.exists():
+            with path.open(encoding="utf-8", errors="replace", newline="") as file:
+                header = next(csv.reader(file), None)
+            if header and tuple(header) != columns:
+                raise ConfigError(f"{path} has other columns than {kind} rows have: give another file.")
     return path
 
 

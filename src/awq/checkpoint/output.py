@@ -14,6 +14,13 @@ from awq.checkpoint.files import REPORT_FILE, read_json
 from awq.errors import AwqError, CheckpointError, ConfigError, OutputExistsError
 
 
+def output_path(folder: Any) -> Path:
+    """The absolute path of an output folder; ConfigError for an empty name, as of a variable that the shell lacks."""
+    if not isinstance(folder, str | os.PathLike) or folder == "":
+        raise ConfigError(f"{folder!r} names no output folder: give the folder to write.")
+    return Path(folder).expanduser().resolve()
+
+
 def check_output(folder: str | Path, overwrite: bool = False, expected_bytes: int = 0) -> Path:
     """The absolute path of an output folder that can be written, before any long work.
 
@@ -21,7 +28,7 @@ def check_output(folder: str | Path, overwrite: bool = False, expected_bytes: in
     OutputExistsError when it is not empty and `overwrite` is False; ConfigError or AwqError when nothing can be
     written there.
     """
-    path = Path(folder).expanduser().resolve()
+    path = output_path(folder)
     if path.exists() and not path.is_dir():
         raise OutputExistsError(f"{path} is a file: choose a folder.")
     if path.is_dir() and any(path.iterdir()):

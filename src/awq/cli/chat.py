@@ -88,10 +88,23 @@ class Conversation:
         self._held: list[int] = []  # the tokens whose keys and values the cache has
 
     def ask(self, text: str, streamer: Streamer | None = None) -> str:
-        """The answer to `text`, after all that was said before."""
+        """The answer to `text`, after all that was said before; without one, `text` counts as not said."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            tokens, given = self._generate(streamer)
+        except BaseException:  # Ctrl-C too: a template may want a question answered before the next
+            self.messages.pop()
+            raise
+        sequence = given.sequences[0].tolist()
+        self._cache, self._held = given.past_key_values, sequence[:-1]
+        answer = str(self.tokenizer.decode(sequence[len(tokens) :], skip_special_tokens=True))
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+    def _generate(self, streamer: Streamer | None) -> tuple[list[int], Any]:
+        """The tokens of all that was said, and what the model makes of them."""
         import torch
 
-        self.messages.append({"role": "user", "content": text})
         tokens = self._tokens()
         self._keep(tokens)
         prompt = torch.tensor([tokens], device=self.model.device)
@@ -103,11 +116,7 @@ class Conversation:
             return_dict_in_generate=True,
             **self.settings,
         )
-        sequence = given.sequences[0].tolist()
-        self._cache, self._held = given.past_key_values, sequence[:-1]
-        answer = str(self.tokenizer.decode(sequence[len(tokens) :], skip_special_tokens=True))
-        self.messages.append({"role": "assistant", "content": answer})
-        return answer
+        return tokens, given
 
     def _tokens(self) -> list[int]:
         """All that was said, through the template; without one, line by line."""

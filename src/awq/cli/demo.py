@@ -40,29 +40,29 @@ SAMPLES, SEQ_LEN = 32, 512
 WINDOW, MAX_WINDOWS = 512, 16
 PROMPT = "Why is the sky blue? Answer in one sentence."
 SHAPES = ("1536x576", "576x1536")
-FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scaling and clipping"
+FLOAT, ROUNDED, AWQ = "float model", "plain rounding", "AWQ: scales, clipping, refit"
 AWQ_OUTLIERS = f"AWQ + {CONFIG.outlier_ratio:.0%} fp16 channels"
 FILES = {"model", "demo-report.json", "perplexity.png", "salience.png", "latency.png"}
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("awq-demo"),
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")] = "awq-demo",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Quantize a small embedded model and measure it."""
     gguf = find_embedded_model()
-    _check_output(output)
+    folder = _check_output(output)
     target = options.torch_device(device)
     from awq.bench.plots import require_matplotlib
 
     require_matplotlib()
-    report = run(gguf, output, target)
-    (output / "demo-report.json").write_text(to_json(report), encoding="utf-8")
+    report = run(gguf, folder, target)
+    (folder / "demo-report.json").write_text(to_json(report), encoding="utf-8")
     if as_json:
         print_json(report)
     else:
-        _show(report, output)
+        _show(report, folder)
 
 
 def find_embedded_model() -> Path:
@@ -238,11 +238,15 @@ def selection(device: torch.device) -> list[dict[str, Any]]:
     return [*chosen, *(judge(describe(device), version) for version in KERNEL_VERSIONS)]
 
 
-def _check_output(output: Path) -> None:
-    held = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+def _check_output(output: str) -> Path:
+    from awq.checkpoint.output import output_path
+
+    folder = output_path(output)
+    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(held - FILES)
     if others:
         raise OutputExistsError(f"{output} holds {others[0]}, which is not the demo's: give a folder of its own.")
+    return folder
 
 
 def _plot(report: dict[str, Any], salience: Salience, kernels: KernelBench, output: Path) -> None:

@@ -22,6 +22,10 @@ def inspect(checkpoint: options.Checkpoint, plot: options.Plot = None, as_json: 
     from awq.checkpoint.read import open_checkpoint
     from awq.pretrained.source import find_folder
 
+    if plot:
+        from awq.bench.plots import check_plot
+
+        check_plot(plot)
     opened = open_checkpoint(find_folder(checkpoint))
     report = opened.report or {}
     linears = {name: _describe(opened, name, report) for name in opened.linears}
@@ -127,8 +131,10 @@ def _row(linear: dict[str, Any]) -> tuple[object, ...]:
 
 
 def _plot(path: Path, opened: Checkpoint, report: dict[str, Any]) -> None:
-    if not report:
-        raise CheckpointError(f"{opened.path} has no awq_report.json to plot: another tool wrote it; quantize it here.")
+    if not report.get("linears"):
+        raise CheckpointError(
+            f"{opened.path} has no losses in an awq_report.json to plot: quantize its float model here."
+        )
     from awq.bench.plots import plot_losses
 
     plot_losses(path, report["linears"], f"{opened.path.name}, W{opened.quant.bits} group {opened.quant.group_size}")

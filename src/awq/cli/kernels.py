@@ -63,7 +63,7 @@ def bench_kernels(
     from awq.bench.kernels.peers import find_peers
     from awq.bench.kernels.run import bench_settings
     from awq.bench.kernels.shapes import SWEEP, default_shapes, find_shapes
-    from awq.bench.plots import plot_kernels, require_matplotlib
+    from awq.bench.plots import check_plot, plot_kernels
     from awq.bench.report import kernels_file, machine_facts, write_kernels
 
     shapes = [*find_shapes(shape or ()), *(SWEEP if sweep else ())] or default_shapes(target)
@@ -73,7 +73,7 @@ def bench_kernels(
     counts, others = _counts(rows), find_peers(peer) if peers else ()
     file = kernels_file(csv, target) if csv else None
     if plot:
-        require_matplotlib()
+        check_plot(plot)
     extra = measure_overheads(target) if overheads else None
     found = bench_settings(settings, target, rows=counts, versions=versions, peers=others, seconds=seconds)
     machine = machine_facts(target)

@@ -11,6 +11,7 @@ from awq.cli import options
 from awq.cli.generation import bench_model
 from awq.cli.kernels import bench_kernels
 from awq.cli.output import print_facts, print_json
+from awq.errors import ConfigError
 
 if TYPE_CHECKING:
     from awq.evaluate import Agreement
@@ -44,6 +45,8 @@ def evaluate(
     from awq.storage.load import load_dequantized
 
     asked = [task.strip() for task in (tasks or "").split(",") if task.strip()]
+    if limit and not asked:
+        raise ConfigError("--limit is for the tasks of --tasks, which names none: for the text use --max-windows.")
     if asked:
         check_tasks(asked)
     source = find_source(reference, trust_remote_code=trust_remote_code) if reference else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
 Device = Annotated[str, typer.Option(help="auto (the first CUDA GPU, else the CPU), cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model brings along.")]
 TextColumn = Annotated[str, typer.Option(help="Key or column of the text in jsonl, parquet and hub rows.")]
@@ -32,7 +33,7 @@ TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Sample from tokens this likely next to the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 makes tokens that were said less likely.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop after this text; repeatable.")]
-Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw the result into this file: .png, .svg or .pdf.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository on the hub private.")]
 
 
@@ -51,8 +52,10 @@ def sampling(
     """The arguments of `generate` for these options; ConfigError for one out of range."""
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p} is out of range: use more than 0 and at most 1.")
-    if repetition_penalty <= 0:
+    if not 0 < repetition_penalty < math.inf:
         raise ConfigError(f"repetition_penalty={repetition_penalty} is out of range: use more than 0, and 1 for none.")
+    if not math.isfinite(temperature):
+        raise ConfigError(f"temperature={temperature} is out of range: use 0 for the likeliest token, or about 1.")
     found: dict[str, Any] = {"do_sample": temperature > 0}
     if repetition_penalty != 1:
         found["repetition_penalty"] = repetition_penalty

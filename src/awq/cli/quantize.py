@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,7 +35,7 @@ class Verify(StrEnum):
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The float model: a folder, a .gguf file or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write.")],
     push_to_hub: Annotated[str | None, typer.Option(help="Upload it too: the repository, owner/name.")] = None,
     private: options.Private = False,
     bits: Annotated[int, typer.Option(help="Bits a weight; only 4 can be stored.")] = DEFAULTS.bits,
@@ -51,7 +50,11 @@ def quantize(
         str, typer.Option(help="Kernel version to note in the checkpoint: GEMM or GEMV; pins nothing.")
     ] = DEFAULTS.version,
     outlier_ratio: Annotated[
-        float, typer.Option(help=f"Share of input channels kept in fp16, 0 (off) to {MAX_OUTLIER_RATIO}.")
+        float,
+        typer.Option(
+            help="Share of the weights that may be kept in fp16 too, as input channels, "
+            f"0 (off) to {MAX_OUTLIER_RATIO}."
+        ),
     ] = DEFAULTS.outlier_ratio,
     effort: Annotated[
         Effort,
@@ -158,4 +161,6 @@ def _show(finished: Finished, url: str | None, as_json: bool) -> None:
     title = "Already complete: the identical recipe wrote it" if finished.already_complete else "Quantized"
     took: dict[str, object] = {f"seconds to {stage}": seconds for stage, seconds in finished.seconds.items()}
     took |= {f"{place} memory": format_bytes(size) for place, size in finished.memory.items()}
+    if finished.already_complete:  # the size of shards is no part of a recipe
+        took["shards"] = "of the size that they had; --overwrite writes them anew"
     print_facts(title, {"folder": finished.path, "size": format_bytes(finished.size_bytes), **summary, **took})

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,9 @@ def load_calibration(
     Long texts are cut and short ones packed, so nothing is dropped for its length. Less text than asked gives fewer
     blocks, said in the description; a source with less than one block is a CalibrationError.
     """
+    counts: tuple[Any, ...] = (samples, seq_len)
+    if not all(isinstance(count, Integral) for count in counts):
+        raise CalibrationError(f"{samples!r} samples of {seq_len!r} tokens cannot be drawn: give two whole numbers.")
     if samples < 1 or seq_len < 2:
         raise CalibrationError(f"{samples} samples of {seq_len} tokens are too few: ask for at least 1 of 2 tokens.")
     chosen, notes = _choose(data, sources)
@@ -87,13 +91,18 @@ def load_calibration(
     return CalibrationSet(torch.tensor(blocks, dtype=torch.int64), (*lines, *notes))
 
 
-def _choose(data: Source | None, sources: Sequence[str | Path] | None) -> tuple[list[Source], list[str]]:
+def _choose(data: Any, sources: Sequence[str | Path] | None) -> tuple[list[Source], list[str]]:
     """What is meant by the arguments, and notes for the description."""
     if sources and data is not None:
         raise CalibrationError("calibration is given both as data and as sources: give one of them.")
     if isinstance(data, str | Path):
         sources = [data]
-    elif data and all(item in RESERVED_SOURCES for item in data):
+    elif data is not None and not isinstance(data, Sequence):
+        kind = type(data).__name__
+        raise CalibrationError(
+            f"calibration data must be a list of texts or of token lists, or a source: it is {kind}."
+        )
+    elif data and all(isinstance(item, str) and item in RESERVED_SOURCES for item in data):
         sources = [str(item) for item in data]
     elif data:
         return [_checked(data)], []

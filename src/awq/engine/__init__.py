@@ -2,6 +2,6 @@
 
 from awq.engine.cache import KVCache
 from awq.engine.engine import Engine
-from awq.engine.hook import attach, engine_of
+from awq.engine.hook import attach, check_length, engine_of
 
-__all__ = ["Engine", "KVCache", "attach", "engine_of"]
+__all__ = ["Engine", "KVCache", "attach", "check_length", "engine_of"]

@@ -8,6 +8,7 @@ cover goes on to the method it replaces.
 from __future__ import annotations
 
 import weakref
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from awq.engine.engine import Engine
 from awq.engine.forward import device_of
 from awq.engine.query import Query, read_query
+from awq.errors import ConfigError
 
 _classes: dict[type, type] = {}
 _engines: weakref.WeakKeyDictionary[Any, Engine] = weakref.WeakKeyDictionary()
@@ -79,8 +81,15 @@ class Engined:
         return result
 
 
+def check_length(max_seq_len: Any) -> None:
+    """ConfigError for what is neither a number of tokens nor None."""
+    if max_seq_len is not None and not (isinstance(max_seq_len, Integral) and int(max_seq_len) > 0):
+        raise ConfigError(f"max_seq_len={max_seq_len!r} is no number of tokens: use 1 or more, or None for no limit.")
+
+
 def attach(model: Any, max_seq_len: int | None = None) -> Any:
     """Let `model.generate` run through the engine; the same model, whose class has `engine` now."""
+    check_length(max_seq_len)
     kind = type(model)
     if not isinstance(model, Engined):
         if kind not in _classes:

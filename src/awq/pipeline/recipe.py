@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from awq import __version__
 from awq.algorithm.blocks import quantize_blocks
 from awq.algorithm.ranks import here
-from awq.checkpoint.output import check_output, finished_recipe, unfinished
+from awq.checkpoint.output import check_output, finished_recipe, output_path, unfinished
 from awq.checkpoint.read import open_checkpoint
 from awq.checkpoint.shards import parse_size
 from awq.checkpoint.write import check_settings
@@ -169,7 +169,7 @@ def quantize_folder(
     gpu_memory, host_memory: what may be used of a GPU and of a machine, in bytes or as "8GiB"; most of what is free by
         default
     """
-    target = Target(Path(output).expanduser().resolve(), parse_size(shard_size), overwrite, verify)
+    target = Target(output_path(output), parse_size(shard_size), overwrite, verify)
     limits = Limits(*(None if size is None else parse_size(size) for size in (gpu_memory, host_memory)))
     check_settings(replace(config, group_size=config.group_size or -1), verify)
     place = pick_device(device)

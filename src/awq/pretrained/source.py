@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,7 +145,7 @@ class Source:
 
 def find_source(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Locate a float model and check that it can be read; ModelNotFoundError or CheckpointError otherwise."""
-    path = Path(model).expanduser()
+    path = _path(model)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(
@@ -164,12 +165,20 @@ def find_source(model: str | Path, *, revision: str | None = None, trust_remote_
     return source
 
 
+def _path(model: Any) -> Path:
+    """ConfigError for what names nothing: as a path, an empty name would be the current folder."""
+    if not isinstance(model, str | os.PathLike) or model == "":
+        raise ConfigError(f"{model!r} names no model: give a model folder, a .gguf file or a hub id (owner/name).")
+    return Path(model).expanduser()
+
+
 def find_folder(model: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
     """The folder of `model`: itself, or the hub's snapshot of it (downloaded once, safetensors only, code if asked)."""
-    path = Path(model).expanduser()
+    path, name = _path(model), str(model)
     if path.is_dir():
         return path
-    name = str(model)
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file: give the folder that it lies in.")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelNotFoundError(f"{name} does not exist: give a model folder, a .gguf file or a hub id (owner/name).")
     patterns = [*_HUB_FILES, "*.py"] if code else _HUB_FILES

@@ -21,7 +21,9 @@ _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _REPLACED = ("config.json", "quant_config.json", "quantize_config.json", REPORT_FILE)
 
 
-def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool = False) -> Written:
+def convert_checkpoint(
+    source: str | Path, target: str | Path, overwrite: bool = False, shard_size: str | int = "5GB"
+) -> Written:
     """Write the AWQ folder `source` (gemm, gemv, gemv_fast, llm-awq, old configurations) to `target` as gemm.
 
     Codes, zeros and scales are the same; scaled activations, fp16 channels and other tensors are kept.
@@ -37,6 +39,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool =
         floats=_floats(checkpoint),
         report=checkpoint.report or {"converted_from": checkpoint.quant.layout},
         extras=lambda folder: _copy_files(checkpoint.path, folder),
+        shard_size=shard_size,
         overwrite=overwrite,
     )
     if code := sorted(path.name for path in checkpoint.path.glob("*.py")):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from awq.checkpoint.read import Checkpoint, open_checkpoint
-from awq.engine import attach
+from awq.engine import attach, check_length
 from awq.engine.head import use_head
 from awq.errors import CheckpointError, OutOfMemoryError
 from awq.kernels import pinned_version, select_kernel_version
@@ -55,6 +55,7 @@ def load_quantized(
     head:    "int8" rounds a float output head to 8 bits, half the bytes; None and "float" leave it.
     Raises KernelNotSupportedError before any weight is read where the hardware cannot run `version`.
     """
+    check_length(max_seq_len)
     target = pick_device(device)
     version = pinned_version(version, notice=True)
     select_kernel_version(version=version, device=target)

@@ -44,7 +44,7 @@ def save_quantized(
 
     def write() -> Written:
         return write_checkpoint(
-            Path(folder),
+            folder,
             config=model_config(model),
             quant=stored_settings(model, report),
             linears=_quantized_linears(model),
