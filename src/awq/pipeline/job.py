@@ -202,6 +202,8 @@ def _continued(run: Run | Elsewhere, blocks: int) -> Iterator[None]:
         )
         raise OutOfMemoryError(f"{reason} {_kept(run, blocks)}".strip()) from error
     except (AwqError, KeyboardInterrupt) as error:
+        if not run.done:
+            raise
         raise type(error)(f"{error} {_kept(run, blocks)}".strip()) from error
 
 

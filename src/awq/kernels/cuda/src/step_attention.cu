@@ -8,9 +8,9 @@
 // A block takes one key head and up to 8 of its query heads (where more share it, others take them). The tokens from the
 // first visible one up to the new one come in chunks of 16, and the chunks go in turn to the warps. Up to PER chunks, what
 // the rings hold, are the first block's; more are shared among as many blocks as have PER each, up to 8 and for long texts
-// SPLITS. The last of them puts the shares together: it waits for every number of the others to be there, which costs a trip to the
-// second-level cache and back. The blocks of a cluster, which could do with less, start only where a whole cluster finds
-// room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
+// SPLITS. The last of them puts the shares together: it waits for every number of the others to be there, which costs a
+// trip to the second-level cache and back. The blocks of a cluster, which could do with less, start only where a whole
+// cluster finds room: 32 clusters of 4 on 132 multiprocessors took 8.9 us at 128 tokens, and 8 clusters of 8 5.1.
 //
 // A warp copies its chunks to a ring of its own, the first before the wait for the projection: the kernel that begins a
 // step lets none start before all of the last step is over. It keeps running maximum, sum and result of its chunks. Where
