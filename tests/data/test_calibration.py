@@ -86,9 +86,9 @@ def test_no_token_is_dropped_but_the_tail(lengths: list[int], seq_len: int) -> N
         start += length
     if start < seq_len:
         with pytest.raises(CalibrationError, match=f"gives {start} tokens, and one block needs {seq_len}"):
-            load_calibration(None, lists, samples=1000, seq_len=seq_len)
+            load_calibration(None, lists, samples=2000, seq_len=seq_len)
         return
-    blocks = load_calibration(None, lists, samples=1000, seq_len=seq_len).tokens
+    blocks = load_calibration(None, lists, samples=2000, seq_len=seq_len).tokens
     used = blocks.flatten().tolist()
     assert len(blocks) == start // seq_len
     assert max(Counter(used).values()) == 1
