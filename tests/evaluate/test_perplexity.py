@@ -78,12 +78,15 @@ def test_dropout_and_gradients_are_off_and_all_is_restored() -> None:
 
 
 @pytest.mark.parametrize(("fast", "inside"), [(False, "highest"), (True, "medium")])
-def test_precision_is_set_and_restored_after_an_error(fast: bool, inside: str) -> None:
-    model, before = nn.Linear(2, 2), torch.get_float32_matmul_precision()
+def test_precision_is_set_in_linears_and_restored_after_an_error(fast: bool, inside: str) -> None:
+    model, before, seen = nn.Linear(2, 2), torch.get_float32_matmul_precision(), list[str]()
     torch.set_float32_matmul_precision("high")
+    model.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
     try:
         with suppress(KeyError), inference(model, fast=fast):
-            assert torch.get_float32_matmul_precision() == inside
+            model(torch.zeros(1, 2))
+            assert seen == [inside]
+            assert torch.get_float32_matmul_precision() == "highest"
             assert torch.is_inference_mode_enabled()
             assert not model.training
             raise KeyError
@@ -91,6 +94,14 @@ def test_precision_is_set_and_restored_after_an_error(fast: bool, inside: str) -
         assert model.training
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_positions_are_not_rounded() -> None:
+    """RoPE multiplies them in a product that a CPU with AMX takes in bfloat16 too."""
+    model, seen = tiny_llama(), list[str]()
+    model.model.rotary_emb.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    perplexity(model, random_tokens(1, 64)[0], fast=True)
+    assert seen == ["highest"]
 
 
 def test_nan_and_overflow_are_shown_not_hidden() -> None:
