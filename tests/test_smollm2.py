@@ -63,7 +63,7 @@ def test_every_linear_is_scaled_and_better_than_rounding(quantized: Finished) ->
     }
     for kind, producer in producers.items():
         found = [r["scaled_by"] for name, r in linears.items() if name.endswith(f".{kind}_proj")]
-        assert found.count(producer) >= 26  # a scale that would not help is not applied; 27 or 28 by the CPU
+        assert found.count(producer) >= 26  # a scale that would not help is not applied; 27 on a CPU with AMX
     assert all(max(r["loss"], r["loss_with_outliers"]) <= r["loss_rounding"] for r in linears.values())
     # both hold what the linears before have left
     assert sum(r["loss"] for r in linears.values()) < 0.98 * sum(r["loss_rounding"] for r in linears.values())
