@@ -15,7 +15,7 @@ from awq.cli.demo import find_embedded_model
 from awq.data.calibration import evaluation_text
 from awq.errors import MissingDependencyError
 from awq.kernels.cuda import backend, gemm, gemv, op
-from awq.kernels.cuda.layout import GROUPS, to_units, units_to_dense
+from awq.kernels.cuda.layout import Shape, effective_group, to_units, units_to_dense
 from awq.packing import Outliers, PackedInt4, pack
 from awq.pretrained.source import find_source
 from tests.gpu.on_gpu import GPU, LIMIT, VERSIONS, dtypes, launch, packed_on_gpu, reference
@@ -50,9 +50,9 @@ SHAPES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_side_by_side() -> None:
-    for group in GROUPS:
-        for dtype in dtypes():
-            backend._prefetch(torch.cuda.get_device_capability(), group, dtype)
+    for dtype, (n, k, group_size), kept in itertools.product(dtypes(), SHAPES, (0, 1)):
+        shape = Shape(k, n, effective_group(group_size, k) or 128, kept, dtype is torch.bfloat16)
+        backend._prefetch(torch.cuda.get_device_capability(), shape)
 
 
 @pytest.fixture(autouse=True)

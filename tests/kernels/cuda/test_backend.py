@@ -15,7 +15,7 @@ from awq.hardware import Device
 from awq.kernels import KERNELS, LinearSpec, select_kernel_version
 from awq.kernels.base import GEMV_ROWS
 from awq.kernels.cuda import Cuda, backend, designs, gemv
-from awq.kernels.cuda.layout import Units, units_to_dense
+from awq.kernels.cuda.layout import Shape, Units, units_to_dense
 from awq.linear import QuantLinear
 from tests.kernels.cuda.stub import prepared
 from tests.kernels.plain import CPU, plain_weight, random_outliers, random_packed
@@ -186,11 +186,12 @@ def test_compiling_starts_with_the_first_weight(monkeypatch: pytest.MonkeyPatch)
     asked: list[Any] = []
     monkeypatch.setattr(jit, "prefetch", lambda requests: asked.append(list(requests)))
     for _ in range(2):
-        backend._prefetch((9, 0), 64, torch.bfloat16)
+        backend._prefetch((9, 0), Shape(4096, 4096, 64, 3, bf16=True))
     (requests,) = asked
     assert {arch for _, _, arch, _ in requests} == {"sm_90a"}
     assert {defines.get("GROUP", 64) for *_, defines in requests} == {64}
     assert {defines.get("AWQ_BF16", 1) for *_, defines in requests} == {1}
+    assert {defines.get("KEPT", 1) for *_, defines in requests} == {1}
     assert {"gemv.cu", "repack.cu"} <= {source.name for source, *_ in requests}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from awq import jit
 from awq.kernels.cuda import gemv
-from awq.kernels.cuda.gemv import MAX_ROWS, Plan, has_ring, max_rows, plan, variants
+from awq.kernels.cuda.gemv import MAX_ROWS, Plan, has_ring, max_rows, plan, requests, variants
 from awq.kernels.cuda.layout import GROUPS, Gpu, Shape
 
 # Bytes of shared memory that a block may have, and multiprocessors.
@@ -75,8 +75,9 @@ def test_what_is_asked_for_is_a_variant(arch: str) -> None:
     known = [defines for _, name, _, defines in variants(arch) if name == "gemv"]
     for shape, rows, found in plans(arch):
         if found is not None:
-            wanted = {"GROUP": shape.group, "AWQ_BF16": 0, "ROWS": 1 if rows == 1 else 8, "WARPS": found.warps}
-            assert any(wanted.items() <= defines.items() for defines in known)
+            defines = gemv._defines(shape.group, False, rows, found.way, arch)
+            assert defines in known
+            assert defines in [asked for *_, asked in requests(shape, arch)]
 
 
 def test_which_gpus_have_a_ring() -> None:
@@ -113,5 +114,5 @@ def test_no_slot_comes_round_twice_between_two_tiles_of_a_warp(arch: str) -> Non
             found = plan(shape, rows, sms, 1024 * kib, has_ring(arch))
             if found is None:
                 continue
-            tiles = [unit // units for unit in range(0, 50 * units, found.warps)]
+            tiles = [unit // units for unit in range(0, 50 * units, found.way.warps)]
             assert max(after - tile for tile, after in itertools.pairwise(tiles)) <= found.slots <= 16

@@ -15,7 +15,7 @@ from awq.errors import AwqError
 from awq.hardware import Device, describe, driver_version
 from awq.kernels.base import EVERY_ROW, GEMV_ROWS, LinearSpec, Weights
 from awq.kernels.cuda import crossover, designs, gemm, gemv, schedule
-from awq.kernels.cuda.layout import SOURCES, STEP, effective_group, to_units
+from awq.kernels.cuda.layout import SOURCES, STEP, Shape, effective_group, to_units
 from awq.kernels.cuda.op import WithGradient, fitting_rows, linear
 from awq.kernels.cuda.workspace import reserve
 from awq.packing import Outliers, PackedInt4
@@ -73,10 +73,11 @@ class Cuda:
         device: torch.device,
         dtype: torch.dtype = torch.float16,
     ) -> dict[str, Tensor]:
-        if device.type == "cuda":
-            _prefetch(
-                torch.cuda.get_device_capability(device), effective_group(packed.group_size, packed.in_features), dtype
-            )
+        if device.type == "cuda" and (group := effective_group(packed.group_size, packed.in_features)):
+            steps = 0 if outliers is None else -(-outliers.index.numel() // STEP)
+            bf16 = _half(dtype) is torch.bfloat16
+            shape = Shape(packed.in_features, packed.out_features, group, steps, bf16)
+            _prefetch(torch.cuda.get_device_capability(device), shape)
         units = to_units(packed, outliers, device)
         if units.codes.is_cuda:
             reserve(units.codes.get_device())
@@ -164,15 +165,16 @@ def _too_wide(spec: LinearSpec, index: int) -> str | None:
 
 
 @lru_cache
-def _prefetch(capability: tuple[int, int], group: int | None, dtype: torch.dtype) -> None:
+def _prefetch(capability: tuple[int, int], shape: Shape) -> None:
     """Start to compile all that a linear may ask for, while the next ones are read and repacked."""
     arch = jit.arch_of(capability)
-    wanted = {"GROUP": group, "AWQ_BF16": int(_half(dtype) is torch.bfloat16)}
-    jit.prefetch(
+    wanted = {"GROUP": shape.group, "AWQ_BF16": int(shape.bf16)}
+    many_rows = (
         request
-        for request in (*gemv.variants(arch), *designs.variants(arch))
+        for request in designs.variants(arch)
         if all(request[3].get(name, value) == value for name, value in wanted.items())
     )
+    jit.prefetch((*gemv.requests(shape, arch), *many_rows))
 
 
 def _key(spec: LinearSpec, device: Device) -> str:

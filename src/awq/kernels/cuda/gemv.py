@@ -34,21 +34,37 @@ _FEW_UNITS = 40
 _KIND_TO_L1 = 196 * 1024 - _RESERVED
 
 
+class Way(NamedTuple):
+    """What a kernel is compiled for.
+
+    warps: that multiply; a stage is a unit for each
+    keep: units of every tile whose part of x a warp keeps in registers, 0 where they do not fall to all warps alike
+    kept: whether there are kept channels, which one more warp multiplies
+    """
+
+    warps: int
+    keep: int
+    kept: bool
+
+
 class Plan(NamedTuple):
     """How a GPU runs a shape.
 
-    warps: that multiply; a stage is a unit for each
     stages: of the ring, 0 where there is none
     in_flight: stages requested and not arrived at most
     slots: tiles whose sums wait to be added up
     shared: bytes of shared memory of a block
     """
 
-    warps: int
+    way: Way
     stages: int
     in_flight: int
     slots: int
     shared: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.way.warps + (2 if self.stages else 1) + self.way.kept)
 
 
 def gemv(x: Tensor, units: Units, bias: Tensor | None, out: Tensor) -> None:
@@ -95,7 +111,7 @@ def plan(shape: Shape, rows: int, sms: int, available: int, ring: bool, chained:
     if not ring:
         slots = max(_SLOTS, _between(shape, 8))
         shared = _shared(shape, rows, 8, 0, slots, 0)
-        return Plan(8, 0, 0, slots, shared) if shared <= available else None
+        return Plan(Way(8, 0, shape.kept_steps > 0), 0, 0, slots, shared) if shared <= available else None
     tiles, one = _busiest(shape, sms), rows == 1
     few = tiles * shape.units <= _FEW_UNITS and not (one and shape.units > 16)  # 2048 x 8192: 4.0 us instead of 5.2
     if few and (one or not chained):  # chained, 4096 x 4096 of 2 to 8 rows took 0.8 us more than in the other way
@@ -117,7 +133,8 @@ def _fit(shape: Shape, rows: int, sms: int, warps: int, stages: range, in_flight
     for each, slots in itertools.product(stages, (max(_SLOTS, least), max(fewer, least))):
         shared = _shared(shape, rows, warps, each, slots, _kept_ahead(shape, sms))
         if shared <= most:
-            return Plan(warps, each, min(in_flight, each), slots, shared)
+            way = Way(warps, _keep(shape, rows, warps), shape.kept_steps > 0)
+            return Plan(way, each, min(in_flight, each), slots, shared)
     return None
 
 
@@ -127,13 +144,43 @@ def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
         yield SOURCES / "repack.cu", "repack", arch, {"GROUP": group}
         for bf16 in (0, 1) if arch != "sm_75" else (0,):
             for rows in (1, MAX_ROWS):
-                for warps in (8, 16) if has_ring(arch) else (8,):
-                    yield SOURCE, "gemv", arch, _defines(group, bool(bf16), rows, warps, arch)
+                for way in ways(group, rows, arch):
+                    yield SOURCE, "gemv", arch, _defines(group, bool(bf16), rows, way, arch)
 
 
-def _defines(group: int, bf16: bool, rows: int, warps: int, arch: str) -> dict[str, int]:
-    ring = int(has_ring(arch))
-    return {"GROUP": group, "AWQ_BF16": int(bf16), "ROWS": 1 if rows == 1 else 8, "WARPS": warps, "AWQ_RING": ring}
+def requests(shape: Shape, arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
+    """What repacking a weight and its launches may ask for."""
+    yield SOURCES / "repack.cu", "repack", arch, {"GROUP": shape.group}
+    for rows in (1, MAX_ROWS):
+        for warps in _warps(arch):
+            way = Way(warps, _keep(shape, rows, warps) if has_ring(arch) else 0, shape.kept_steps > 0)
+            yield SOURCE, "gemv", arch, _defines(shape.group, shape.bf16, rows, way, arch)
+
+
+def ways(group: int, rows: int, arch: str) -> Iterator[Way]:
+    """Every one that a plan may have."""
+    for warps, keep, kept in itertools.product(_warps(arch), range(3), (False, True)):
+        if keep <= (_most_kept_units(group, rows) if has_ring(arch) else 0):
+            yield Way(warps, keep, kept)
+
+
+def _warps(arch: str) -> tuple[int, ...]:
+    return (8, 16) if has_ring(arch) else (8,)
+
+
+def _defines(group: int, bf16: bool, rows: int, way: Way, arch: str) -> dict[str, int]:
+    each = {"GROUP": group, "AWQ_BF16": int(bf16), "ROWS": 1 if rows == 1 else 8, "AWQ_RING": int(has_ring(arch))}
+    return each | {"WARPS": way.warps, "KEEP": way.keep, "KEPT": int(way.kept)}
+
+
+def _keep(shape: Shape, rows: int, warps: int) -> int:
+    units, rest = divmod(shape.units, warps)
+    return units if rest == 0 and units <= _most_kept_units(shape.group, rows) else 0
+
+
+def _most_kept_units(group: int, rows: int) -> int:
+    """Whose x has room in a warp's registers."""
+    return {128: 2 if rows == 1 else 1, 64: 2 if rows == 1 else 0}.get(group, 0)
 
 
 @lru_cache(4096)
@@ -144,10 +191,9 @@ def _launcher(device: int, shape: Shape, rows: int, programmatic: bool) -> Any:
     chosen = plan(shape, rows, sms, available, ring)
     if chosen is None:
         raise ValueError(f"{rows} rows of {shape.in_features} channels do not fit into shared memory: see max_rows")
-    kernel = jit.kernel(SOURCE, "gemv", arch, _defines(shape.group, shape.bf16, rows, chosen.warps, arch))
-    threads = 32 * (chosen.warps + (2 if ring else 1))
+    kernel = jit.kernel(SOURCE, "gemv", arch, _defines(shape.group, shape.bf16, rows, chosen.way, arch))
     grid = min(sms, shape.tiles)
-    launcher = kernel.launcher(grid, threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
+    launcher = kernel.launcher(grid, chosen.threads, chosen.shared, _PARAMS.size, pdl=ring and programmatic)
     in_features = -(-shape.in_features // 8) * 8
     sizes = (rows, shape.out_features, in_features, *divmod(shape.tiles, grid), shape.units, shape.kept_steps)
     ahead = _kept_ahead(shape, sms) if ring else 0
@@ -171,7 +217,7 @@ def _shared(shape: Shape, rows: int, warps: int, stages: int, slots: int, ahead:
     """Bytes of shared memory: `layout_of` of gemv.cu."""
     one = rows == 1
     ring = stages * warps * (UNIT_BYTES + 40 * UNIT_K // shape.group)
-    sums = slots * warps * 32 * (8 if one else 16)
+    sums = slots * (warps + (shape.kept_steps > 0)) * 32 * (8 if one else 16)
     x = 3 * (shape.units * UNIT_K + 64) if one else rows * (shape.units * UNIT_K * 2 + 16)
     table = shape.units * (UNIT_K // shape.group) * 8 if one else 0
     kept = (1 if one else MAX_ROWS) * (shape.kept_steps * 16 + 8) * 2

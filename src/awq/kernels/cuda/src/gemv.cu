@@ -4,7 +4,10 @@
 //
 //    copy warp     -> ring of stages of WARPS units in shared memory, by bulk copies (AWQ_RING 0: loads to registers)
 //    math warps    -> unit u by warp u % WARPS: integer mma against x, float32 sums kept until the warp's tile changes
-//    output warp   -> adds the warps' sums of a tile in fixed order, the kept channels and the bias, and stores
+//    kept warp     -> where channels are kept, their products
+//    output warp   -> adds the warps' sums of a tile in fixed order and the bias, and stores
+//
+// What a shape has not is not compiled: a kernel that held all ways to multiply took 1 % more of a decode step.
 //
 // One row of x (ROWS 1) becomes fixed point, 23 bits of the largest in its group of input channels, as three int8 planes,
 // columns of the mma: exact integer sums, 2 logic operations for 8 weights (float16 products take 5 and 4 subtractions,
@@ -44,6 +47,12 @@
 #ifndef WARPS  // that multiply
 #define WARPS 16
 #endif
+#ifndef KEEP  // units of each tile a math warp has at most and always at the same k: their x stays in registers; 0: any
+#define KEEP 0
+#endif
+#ifndef KEPT  // 1: with kept channels
+#define KEPT 0
+#endif
 #ifndef NORM
 #define NORM 0
 #endif
@@ -51,13 +60,13 @@
 #define OUTPUT 0
 #endif
 
-constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + (AWQ_RING ? 64 : 32);
+constexpr int MATH_THREADS = 32 * WARPS, THREADS = MATH_THREADS + 32 * (1 + AWQ_RING + KEPT);
 constexpr int GROUPS = UNIT_K / GROUP, RECORD = 40 * GROUPS;
 constexpr int STAGE_CODES = WARPS * UNIT_BYTES, STAGE = STAGE_CODES + WARPS * RECORD;
 constexpr bool ONE = ROWS == 1;
 constexpr int SCALED = ONE ? GROUPS / 2 : GROUPS;  // groups of a unit that a lane scales
 constexpr int SLOTS = 16;                          // tiles whose sums wait for the output warp, at most
-constexpr int SLOT = WARPS * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
+constexpr int SLOT = (WARPS + KEPT) * 32 * (ONE ? 8 : 16);  // [warp][lane], float2 or float4
 constexpr int MAX_STAGES = 16, MAX_CHUNKS = 24, MAX_KEPT = 8;
 constexpr int KEPT_STEP = 512;                     // bytes of 16 kept channels of a tile
 constexpr float FIXED_MAX = 4194300.f;         // just below 2^22
@@ -67,7 +76,7 @@ constexpr float MAGIC_FLOAT = 12582912.f;
 struct Params {
   const u8* codes;
   const u8* affine;
-  const u8* kept;      // null without
+  const u8* kept;      // null without, as the index
   const int* index;
   const u16* x;        // [rows, in_features], rows x_stride elements apart
   const u16* bias;     // null without
@@ -137,7 +146,7 @@ DEVICE int units_apart(const Params& p) {
 // The how manieth tile in its slot.
 DEVICE int turn_of(const Params& p, int tile) { return tile >> __popc(p.slots - 1); }
 // Warps that have a unit of a given tile.
-DEVICE int contributors(const Params& p) { return p.units < WARPS ? p.units : WARPS; }
+DEVICE int contributors(const Params& p) { return KEEP || p.units >= WARPS ? WARPS : p.units; }
 
 // -------------------------------------------------------------- signals between warps, also where there is no mbarrier
 
@@ -220,17 +229,12 @@ DEVICE void make_planes(const Layout& s, uint4 raw, bool there, int part) {
 DEVICE float4 floats(uint4 v) { return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)); }
 #endif
 
-// Whether the units of every tile fall to the math warps alike, so that each keeps its part of x in registers.
-DEVICE bool keeps(const Params& p) {
-  return AWQ_RING && (GROUP == 128 || (ONE && GROUP == 64)) && (p.units == WARPS || (ONE && p.units == 2 * WARPS));
-}
 // Chunks of x, of 8 k a math thread: what one stage of the ring multiplies.
 DEVICE int chunks_of(const Params& p) { return (p.units + WARPS - 1) / WARPS; }
 
 // One row: loads, planes, stores. Four chunks at a time: one after the other each would wait for the second-level cache,
 // and all of 28672 channels at once took 2 us in which the math stood still.
 #if NORM && ROWS == 1  // 8 floats and the norm's weights of them, which do not wait for an earlier kernel
-constexpr int AT_ONCE = 2;
 struct Part { float4 x[2], weight[2]; };
 DEVICE void load_weight(Part& to, const Params& p, int part) {
   bool there = 8 * part < p.in_features;
@@ -261,13 +265,14 @@ DEVICE void store_part(const Params& p, const Layout& s, const Part& part_of, in
   }
   make_planes(s, v, part < p.units * (UNIT_K / 8), part);
 }
-// A thread's squares for the output warp, which has time to add them up: see norm_scale_of.
+// A thread's squares for the output warp and the kept warp, which have time to add them up: see norm_scale_of.
+constexpr int SQUARES_THREADS = MATH_THREADS + 32 * (1 + KEPT);
 DEVICE void hand_over_squares(const Layout& s, int thread, float square) {
   store_shared4(squares(s) + 4 * thread, __float_as_uint(square));
-  asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");
+  asm volatile("bar.arrive 2, %0;" ::"n"(SQUARES_THREADS) : "memory");
 }
 DEVICE float norm_scale_of(const Params& p, const Layout& s, int lane) {
-  named_barrier(2, MATH_THREADS + 32);
+  named_barrier(2, SQUARES_THREADS);
   float sums[4] = {};
 #pragma unroll
   for (int i = 0; i < WARPS; i++) sums[i % 4] += __uint_as_float(load_shared4(squares(s) + 4 * (32 * i + lane)));
@@ -277,7 +282,6 @@ DEVICE float norm_scale_of(const Params& p, const Layout& s, int lane) {
   return rsqrtf(fmaf(sum, p.share, p.epsilon));
 }
 #else
-constexpr int AT_ONCE = 4;
 DEVICE uint4 load_part(const Params& p, int part) {
   return 8 * part < p.in_features ? load_fresh16(p.x + 8 * part) : make_uint4(0, 0, 0, 0);
 }
@@ -371,7 +375,7 @@ DEVICE void norm_rows(const Params& p, const Layout& s, int thread, int warp, in
         if (row < p.rows && k + j * QUADS_K < width) store_shared8(to + j * QUADS_K * 2, low, high);
       }
   }
-  if (p.kept_steps) asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");  // see Gather
+  if (KEPT) asm volatile("bar.arrive 2, %0;" ::"n"(MATH_THREADS + 32) : "memory");  // see Gather
 }
 #endif
 
@@ -415,7 +419,8 @@ struct Unit { uint4 q[4]; u32 scales[SCALED], zeros[SCALED]; };  // scales of ro
 // What a lane needs of one row. Its operand column is lane / 4: half `upper`, plane (lane / 4) % 4; idle columns repeat
 // others. Its result columns are 2 (lane % 4) and the next.
 // KEEP: a warp has KEEP units of each tile, always at the same k, and their x stays in registers. 0: it is loaded again.
-template <int KEEP> struct Planes {
+#if ROWS == 1
+struct Operands {
   u32 plane, table, zeros;
   bool upper;                        // operand columns 4 to 7
   float hi;                          // 1 in the lanes of the first plane, which carry the zero points, else 0
@@ -428,7 +433,7 @@ template <int KEEP> struct Planes {
     return load_shared16(mine ? plane + unit * UNIT_K + j * 64 + block : zeros);
   }
   DEVICE uint2 entry(int unit, int scaled) const { return load_shared8(table + (unit * GROUPS + 2 * scaled) * 8); }
-  DEVICE Planes(const Params& p, const Layout& s, int lane, int warp) {
+  DEVICE Operands(const Params& p, const Layout& s, int lane, int warp) {
     int column = (lane >> 2) & 3;
     upper = lane >> 4;
     hi = lane & 1 ? 0.f : 1.f;
@@ -461,9 +466,8 @@ DEVICE void add_group(float (&o)[4], const int (&sums)[4], uint2 entry, float hi
 }
 
 // o: rows r, r + 8 and two columns each, as an mma leaves them.
-// `kept` of Planes::x, where it keeps.
-template <int KEEP>
-DEVICE void multiply(const Unit& w, int unit, int kept, const Planes<KEEP>& planes, int lane, float (&o)[4]) {
+// `kept` of the planes' x, where they are kept.
+DEVICE void multiply(const Unit& w, int unit, int kept, const Operands& planes, int lane, float (&o)[4]) {
   constexpr u32 EVEN = 0x0f0f0f0fu, ODD = 0xf0f0f0f0u;
 #pragma unroll
   for (int scaled = 0; scaled < SCALED; scaled++) {  // two groups
@@ -496,7 +500,8 @@ DEVICE void multiply(const Unit& w, int unit, int kept, const Planes<KEEP>& plan
 }
 
 // What a lane needs of up to 8 rows: operands of two k16 steps at a time. Rows beyond the last repeat it.
-template <int KEEP> struct Halves {
+#else
+struct Operands {
   u32 row;
   uint4 x[KEEP ? KEEP : 1][8];
 
@@ -506,7 +511,7 @@ template <int KEEP> struct Halves {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(row + unit * (UNIT_K * 2) + two_steps * 64));
     return v;
   }
-  DEVICE Halves(const Params& p, const Layout& s, int lane, int warp) {
+  DEVICE Operands(const Params& p, const Layout& s, int lane, int warp) {
     int wanted = lane & 7;
     row = s.x + (wanted < p.rows ? wanted : p.rows - 1) * s.pitch + (lane >> 3) * 16;
 #pragma unroll
@@ -516,8 +521,7 @@ template <int KEEP> struct Halves {
   }
 };
 
-template <int KEEP>
-DEVICE void multiply(const Unit& w, int unit, int kept, const Halves<KEEP>& halves, int lane, float (&o)[4]) {
+DEVICE void multiply(const Unit& w, int unit, int kept, const Operands& halves, int lane, float (&o)[4]) {
   constexpr int TWO_STEPS = GROUP / 32;
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
@@ -540,6 +544,7 @@ DEVICE void multiply(const Unit& w, int unit, int kept, const Halves<KEEP>& halv
     o[3] = fmaf(scale1, sums[3], o[3]);
   }
 }
+#endif
 
 // ------------------------------------------------------------------------------------------------------ math warps
 
@@ -597,10 +602,9 @@ DEVICE void leave_unit(const Unit& w, const Params& p, const Layout& s, Ring& ri
 }
 #endif
 
-#if AWQ_RING
+#if KEEP
 // The units of every tile fall to the warps alike, KEEP to each: x is read from shared memory once.
-template <template <int> class X, int KEEP>
-DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int warp, int lane) {
+DEVICE void math_warp(const Params& p, const Layout& s, int thread, int warp, int lane) {
   if constexpr (ONE) {
 #if NORM && ROWS == 1
     Part parts[KEEP];
@@ -631,7 +635,7 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
 #endif
     named_barrier(1, MATH_THREADS);
   }
-  const X<KEEP> x(p, s, lane, warp);
+  const Operands x(p, s, lane, warp);
   const int count = count_tiles(p);
   float o[4] = {};
   Ring ring = {0, 0};
@@ -647,11 +651,11 @@ DEVICE void math_warp_keeping(const Params& p, const Layout& s, int thread, int 
     finish_tile(p, s, tile, warp, lane, o);
   }
 }
-#endif
-
-template <template <int> class X> DEVICE void math_warp(const Params& p, const Layout& s, int thread, int warp, int lane) {
+#else
+constexpr int AT_ONCE = NORM ? 2 : 4;  // chunks of x that a thread loads together, of one row
+DEVICE void math_warp(const Params& p, const Layout& s, int thread, int warp, int lane) {
   const int count = count_tiles(p), chunks = chunks_of(p);
-  const X<0> x(p, s, lane, warp);
+  const Operands x(p, s, lane, warp);
   float o[4] = {};
   Unit w;
   int tile = 0, unit = warp;
@@ -755,8 +759,11 @@ template <template <int> class X> DEVICE void math_warp(const Params& p, const L
 #pragma unroll 1
   while (tile < count) stage();
 }
+#endif
 
-// ------------------------------------------------------------------------------------------------------ output warp
+// -------------------------------------------------------------------------------------------------------- kept warp
+
+#if KEPT
 
 #if NORM && ROWS > 1  // what the math warps have put there
 DEVICE u16 normed(const Layout& s, int row, int channel) {
@@ -766,7 +773,7 @@ DEVICE u16 normed(const Layout& s, int row, int channel) {
 #endif
 
 // x[:, kept] of every row, zero in the padding. The channels' numbers of the first come before all else, and several at a
-// time: one after the other each would wait for memory twice, while the sums of tiles wait for this warp.
+// time: one after the other each would wait for memory twice, while the sums of tiles wait.
 struct Gather {
   static constexpr int TOGETHER = ONE ? 4 : 2;
   int channels[TOGETHER];
@@ -852,8 +859,8 @@ template <class LOAD> DEVICE void multiply_kept(const Params& p, const Layout& s
         mma_acc(d, as_activations(a[j].x), as_activations(a[j].y), as_activations(a[j].z), as_activations(a[j].w), b[j][0], b[j][1]);
   }
 }
-// Read where they are, they made the output warp the slowest of all: 12288 x 4096 took 11.0 us with 1 % kept, 6.8 without.
-DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lane, float (&d)[4]) {
+// Read where they are, they took the longest of all: 12288 x 4096 needed 11.0 us with 1 % kept, 6.8 without.
+DEVICE void multiply_kept(const Params& p, const Layout& s, int i, int count, int lane, float (&d)[4]) {
 #if AWQ_RING
   if (p.kept_ahead) {
     int slot = i & (p.kept_ahead - 1);
@@ -870,32 +877,58 @@ DEVICE void add_kept(const Params& p, const Layout& s, int i, int count, int lan
   multiply_kept(p, s, lane, d, [&](int at) { return load_stream16(from + at); });
 }
 
-DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
-  const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
+// The kept channels' part of every tile, beside what the math warps hand over: the output warp, which did this too, was
+// behind them (a token of Llama-2-7B with 1 % kept took 1.25 ms).
+DEVICE void kept_warp(const Params& p, const Layout& s, int lane) {
+  const int count = count_tiles(p);
   Gather kept;
-  if (p.kept_steps) kept.load_channels(p, lane);
-  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(load_fresh2(p.bias + n)) : 0.f; };
-  float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
+  kept.load_channels(p, lane);
   __syncthreads();  // the signals are there
 #if AWQ_RING
   if (lane == 0)
     for (int i = 0; i < min(p.kept_ahead, count); i++) copy_kept(p, s, i);
 #endif
   wait_for_earlier_kernels();
+#if NORM && ROWS > 1
+  named_barrier(2, MATH_THREADS + 32);
+  kept.run(p, s, lane);
+#elif NORM
+  kept.load_x(p);
+  kept.run(p, s, lane, norm_scale_of(p, s, lane));
+#else
+  kept.run(p, s, lane);
+#endif
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    int slot = i & (p.slots - 1);
+    u32 to = s.sums + slot * SLOT + (WARPS * 32 + lane) * (ONE ? 8 : 16);
+    float d[4] = {};
+    multiply_kept(p, s, i, count, lane, d);
+    await(empty_slot(s, slot), turn_of(p, i) - 1, 1);
+    if (ONE) {
+      store_shared8(to, d[0], d[2]);
+    } else {
+      store_shared8(to, d[0], d[1]);
+      store_shared8(to + 8, d[2], d[3]);
+    }
+    signal(full_slot(s, slot));
+  }
+}
+#endif
+
+// ------------------------------------------------------------------------------------------------------ output warp
+
+DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
+  const int count = count_tiles(p), several = contributors(p), r = lane >> 2, c = lane & 3;
+  auto bias_at = [&](int n) { return p.bias && n < p.out_features ? widen(load_fresh2(p.bias + n)) : 0.f; };
+  float bias[2] = {bias_at(tile_at(p, 0) * TILE_ROWS + r), bias_at(tile_at(p, 0) * TILE_ROWS + r + 8)};
+  __syncthreads();  // the signals are there
+  wait_for_earlier_kernels();
 #if AWQ_RING
   if (copies_rows(p)) copy_rows(p, s, lane);
 #endif
-#if NORM && ROWS > 1
-  if (p.kept_steps) {
-    named_barrier(2, MATH_THREADS + 32);
-    kept.run(p, s, lane);
-  }
-#elif NORM
-  if (p.kept_steps) kept.load_x(p);
+#if NORM && ROWS == 1
   const float norm_scale = norm_scale_of(p, s, lane);
-  if (p.kept_steps) kept.run(p, s, lane, norm_scale);
-#else
-  if (p.kept_steps) kept.run(p, s, lane);
 #endif
 #if OUTPUT == 2
   float gate[ONE ? 2 : 4] = {};
@@ -903,7 +936,7 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     int slot = i & (p.slots - 1), first = p.units < WARPS ? i * p.units : 0, n = tile_at(p, i) * TILE_ROWS + r;
-    float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {};
+    float d[4] = {bias[0], bias[0], bias[1], bias[1]}, sums[4] = {}, more[4] = {};
 #if OUTPUT == 1 && ROWS > 1  // under way while the sums are awaited
     float before[4];
 #pragma unroll
@@ -918,22 +951,38 @@ DEVICE void output_warp(const Params& p, const Layout& s, int lane) {
 #endif
     bias[0] = bias_at(tile_at(p, i + 1) * TILE_ROWS + r);  // a tile ahead
     bias[1] = bias_at(tile_at(p, i + 1) * TILE_ROWS + r + 8);
-    if (p.kept_steps) add_kept(p, s, i, count, lane, d);
-    await(full_slot(s, slot), turn_of(p, i), several);
+    await(full_slot(s, slot), turn_of(p, i), several + KEPT);
     u32 at = s.sums + slot * SLOT + lane * (ONE ? 8 : 16);
-    auto add = [&](int from_warp) {
+    auto add = [&](float (&to)[4], int from_warp) {
       u32 from = at + from_warp * (ONE ? 256 : 512);
       uint2 v = load_shared8(from), w = ONE ? make_uint2(0, 0) : load_shared8(from + 8);
-      sums[0] += __uint_as_float(v.x);
-      sums[1] += __uint_as_float(v.y);
-      sums[2] += __uint_as_float(w.x);
-      sums[3] += __uint_as_float(w.y);
+      to[0] += __uint_as_float(v.x);
+      to[1] += __uint_as_float(v.y);
+      to[2] += __uint_as_float(w.x);
+      to[3] += __uint_as_float(w.y);
     };
+#if KEPT
+    uint4 kept = ONE ? make_uint4(0, 0, 0, 0) : load_shared16(at + WARPS * 512);
+    if (ONE) {
+      uint2 both = load_shared8(at + WARPS * 256);
+      kept.x = both.x;
+      kept.z = both.y;
+    }
+    d[0] += __uint_as_float(kept.x);
+    d[1] += __uint_as_float(kept.y);
+    d[2] += __uint_as_float(kept.z);
+    d[3] += __uint_as_float(kept.w);
+#endif
     if (several == WARPS) {
 #pragma unroll
-      for (int k = 0; k < WARPS; k++) add(k);
+      for (int k = 0; k < WARPS; k += 2) {  // two chains of half the length
+        add(sums, k);
+        add(more, k + 1);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) sums[e] += more[e];
     } else {
-      for (int k = 0; k < several; k++) add((first + k) % WARPS);
+      for (int k = 0; k < several; k++) add(sums, (first + k) % WARPS);
     }
     signal(empty_slot(s, slot));
     if (ONE) {  // planes and groups lie in neighbouring lanes
@@ -1019,12 +1068,15 @@ struct Copier {
 DEVICE void set_up_signals(const Params& p, const Layout& s) {
   for (int i = 0; i < p.stages; i++) signal_init(empty_stage(s, i), WARPS);
   for (int i = 0; i < p.slots; i++) {
-    signal_init(full_slot(s, i), contributors(p));
+    signal_init(full_slot(s, i), contributors(p) + KEPT);
     signal_init(empty_slot(s, i), 1);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_constant__ Params p) {
+// Blocks of 8 math warps may be two on a multiprocessor (see gemv.py), but where the registers for that are too few.
+constexpr int BLOCKS = AWQ_RING && WARPS == 8 && !(KEPT && NORM) ? 2 : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemv(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) u8 dynamic[];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const Layout s = layout_of(p, shared_address(dynamic));
@@ -1035,7 +1087,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
       for (int i = 0; i < p.stages; i++) barrier_init(full_stage(s, i), 1);
       if (copies_rows(p))
         for (int i = 0; i < chunks_of(p); i++) barrier_init(full_chunk(s, i), 1);
-      for (int i = 0; i < p.kept_ahead; i++) barrier_init(full_kept(s, i), 1);
+      for (int i = 0; KEPT && i < p.kept_ahead; i++) barrier_init(full_kept(s, i), 1);
       fence_for_copies();  // by this lane alone: 32 of them took 1.2 us
       copier.fill(p, s);   // before anything else
       set_up_signals(p, s);
@@ -1054,16 +1106,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemv(const __grid_const
     output_warp(p, s, lane);
     return;
   }
-  __syncthreads();
-  if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
-#if AWQ_RING
-  if (keeps(p)) {
-    if constexpr (!ONE) math_warp_keeping<Halves, 1>(p, s, thread, warp, lane);
-    else if (p.units == WARPS) math_warp_keeping<Planes, 1>(p, s, thread, warp, lane);
-    else math_warp_keeping<Planes, 2>(p, s, thread, warp, lane);
+#if KEPT
+  if (warp == WARPS + 1 + AWQ_RING) {
+    kept_warp(p, s, lane);
     return;
   }
 #endif
-  if constexpr (ONE) math_warp<Planes>(p, s, thread, warp, lane);
-  else math_warp<Halves>(p, s, thread, warp, lane);
+  __syncthreads();
+  if (ONE && thread < 4) store_shared4(s.zeros + 4 * thread, 0);
+  math_warp(p, s, thread, warp, lane);
 }

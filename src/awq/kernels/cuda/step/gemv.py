@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awq.kernels.cuda import gemv
-from awq.kernels.cuda.gemv import MAX_ROWS, SOURCE
+from awq.kernels.cuda.gemv import MAX_ROWS, SOURCE, Way
 from awq.kernels.cuda.layout import GROUPS, TILE_ROWS, UNIT_K, Shape, Units, gpu
 from awq.kernels.cuda.step.launch import Launch
 
@@ -84,20 +84,19 @@ def units_at_once(units: Units, device: int, rows: int) -> int:
 
 def variants(arch: str) -> Iterator[tuple[Path, str, str, dict[str, int]]]:
     """Every (source, kernel, arch, defines) that can be asked for on `arch`."""
-    ring = gemv.has_ring(arch)
     for group in GROUPS:
         for bf16 in (False, True):
             for rows in (1, MAX_ROWS):
-                for warps in (8, 16) if ring else (8,):
+                for way in gemv.ways(group, rows, arch):
                     for mode in ((1, 0, 0), (0, 1, 0), *((1, 2, kind) for kind in ACTIVATIONS.values())):
-                        yield SOURCE, "gemv", arch, _defines(group, bf16, rows, warps, arch, *mode)
+                        yield SOURCE, "gemv", arch, _defines(group, bf16, rows, way, arch, *mode)
 
 
 def _defines(
-    group: int, bf16: bool, rows: int, warps: int, arch: str, norm: int, output: int, activation: int
+    group: int, bf16: bool, rows: int, way: Way, arch: str, norm: int, output: int, activation: int
 ) -> dict[str, int]:
     fused = {"NORM": norm, "OUTPUT": output, "ACTIVATION": activation}
-    return gemv._defines(group, bf16, rows, warps, arch) | fused
+    return gemv._defines(group, bf16, rows, way, arch) | fused
 
 
 def _launch(
@@ -125,18 +124,17 @@ def _launch(
     tiles = shape.tiles // 2 if pairs else shape.tiles
     grid, output = min(sms, tiles), 2 if pairs else 0 if factor is None else 1
     mode = (int(norm is not None), output, ACTIVATIONS[activation] if activation is not None else 0)
-    ring = gemv.has_ring(arch)
     launch = Launch(
         SOURCE,
         "gemv",
-        _defines(units.group, bf16, rows, plan.warps, arch, *mode),
+        _defines(units.group, bf16, rows, plan.way, arch, *mode),
         grid,
-        32 * (plan.warps + (2 if ring else 1)),
+        plan.threads,
         plan.shared,
         _PARAMS,
         device,
     )
-    ahead = gemv._kept_ahead(shape, sms) if ring else 0
+    ahead = gemv._kept_ahead(shape, sms) if plan.stages else 0
     sizes = (rows, units.out_features, shape.in_features, *divmod(tiles, grid), shape.units, shape.kept_steps)
     kept = (None, None, x[:, first * UNIT_K :], None) if first else (units.kept, units.index, x, bias)
     numbers = (*sizes, plan.stages, plan.in_flight, plan.slots, ahead)
