@@ -168,15 +168,35 @@ PLACES: list[tuple[int, int, int | None, float, bool, bool]] = [
 @pytest.mark.parametrize("batch", [1, 3, 33])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_attention(heads: tuple[int, int, int], batch: int, dtype: torch.dtype) -> None:
+    attends(heads, batch, dtype, 600, PLACES)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(
+    "heads", [(32, 8, 128), (64, 8, 128), (28, 4, 128), (9, 3, 64), (4, 2, 16), (8, 4, 256)], ids=str
+)
+def test_attention_over_long_text(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Up to 16 blocks share a head's tokens, and one or two halves of the last put them together."""
+    places = [(slot, first, None, 1.0, False, False) for slot, first in ((1500, 0), (1700, 5), (4599, 0), (4599, 3000))]
+    attends(heads, 1, dtype, 4600, places)
+
+
+def attends(
+    heads: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    slots: int,
+    places: list[tuple[int, int, int | None, float, bool, bool]],
+) -> None:
     queries, key_heads, size = heads
-    for slot, first, window, share, interleaved, normed in PLACES:
-        shape = (batch, key_heads, 600, size)
+    for slot, first, window, share, interleaved, normed in places:
+        shape = (batch, key_heads, slots, size)
         keys, values = poisoned(*shape, dtype=dtype), poisoned(*shape, dtype=dtype)
         keys[:, :, :slot].normal_(), values[:, :, :slot].normal_()
         old_keys, old_values = keys.clone(), values.clone()
         qkv = torch.randn(batch, (queries + 2 * key_heads) * size, device=GPU).to(dtype)
         rotary = int(size * share) // 2 * 2
-        angles = 6 * torch.rand(600, rotary // 2, device=GPU)
+        angles = 6 * torch.rand(slots, rotary // 2, device=GPU)
         rope = torch.stack([angles.cos(), angles.sin()], -1).contiguous() if rotary else None
         norms = [HeadNorm(1 + 0.1 * torch.randn(size, device=GPU), 1e-6) if normed else None for _ in range(2)]
         at = (0, queries * size, (queries + key_heads) * size)
@@ -184,7 +204,7 @@ def test_attention(heads: tuple[int, int, int], batch: int, dtype: torch.dtype) 
         y = poisoned(batch, queries * size, dtype=dtype)
         numbers = [torch.tensor([number] * batch, device=GPU) for number in (slot, first, slot - first)]
         bind = attention.attention(qkv, plan, y)
-        launch = bind(keys, values, numbers[0][:1], *numbers[1:], window, 600)
+        launch = bind(keys, values, numbers[0][:1], *numbers[1:], window, slots)
         enqueue(launch)
         once = y.clone()
         enqueue(launch)  # finds the memory between blocks as the first did

@@ -66,6 +66,8 @@ struct Params {
   float query_epsilon, key_epsilon;
 };
 
+constexpr int TOGETHER = SPLITS > 9 ? 8 : SPLITS > 1 ? SPLITS - 1 : 1;  // shares looked at at once: more take registers
+
 struct Shared {
   u16 rows[HEADS + 2][PITCH];   // queries, the new key and value
   float turning[WARPS][WIDE];   // a head while its channels find their partners
@@ -100,6 +102,10 @@ DEVICE Place place_of(const Params& p) {
   return a;
 }
 
+// Whether half of the last block's threads would do to put the shares together: the other half then takes those that it
+// would come to later.
+DEVICE bool has_halves(const Place& a) { return SPLITS > TOGETHER + 1 && UNITS > 1 && a.heads * WIDE <= 2 * THREADS; }
+
 DEVICE long long load_number(const long long* p) { uint2 v = load_fresh8(p); return (long long)((u64)v.y << 32 | v.x); }
 
 // Slots `start` to `slot` are seen, in chunks from slot `base` on. A warp takes every `stride`-th of the `count` chunks.
@@ -114,8 +120,8 @@ struct Tokens {
     base = start & ~(CHUNK - 1);
     count = (slot - base) / CHUNK + 1;
     // Each block more costs the last one a look: Llama-3-8B's shape took 1563 us a token at 1024 tokens with 9 of them on
-    // an H200, 1440 with 5.
-    int wanted = max(min(8, (count + PER - 1) / PER), (count + 39) / 40);
+    // an H200, 1440 with 5. Where halves look, 16 are as cheap as 8: 1528 and 1553 at 2048, 1635 and 1649 at 4096.
+    int wanted = has_halves(a) && count > 96 ? SPLITS : max(min(8, (count + PER - 1) / PER), (count + 39) / 40);
     blocks = SPLITS == 1 || count <= PER ? 1 : min(SPLITS, wanted);
     alone = blocks == 1;
     stride = blocks * WARPS;
@@ -408,9 +414,8 @@ DEVICE Share opened(const Parcel& from) {
           {__uint_as_float(y[0]), __uint_as_float(y[1]), __uint_as_float(y[2]), __uint_as_float(y[3])}};
 }
 
-// What `mine` and the other blocks have, as soon as it is there. first: the first block's share
+// What `mine` and other blocks have, as soon as it is there. first: the first of those blocks' share
 DEVICE Share of_blocks(const Params& p, const u32* first, int others, Share mine, int at) {
-  constexpr int TOGETHER = SPLITS > 9 ? 8 : SPLITS > 1 ? SPLITS - 1 : 1;  // more would take registers of the next kernel's blocks
 #pragma unroll 1
   for (int from = 0; from < others; from += TOGETHER) {
     Parcel parcels[TOGETHER];
@@ -484,18 +489,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(const __grid_
   u32* shares = p.shares + (u64)a.among * SPLITS * p.each * RESULT_PITCH;  // of the blocks of this key head
   const int others = t.blocks - 1;
   u16* y = p.y + ((u64)a.row * p.key_heads * p.group + a.head) * HEAD_DIM;
+  const auto put = [&](const Share& all, int head, int at) {
+    float by = __fdividef(1.f, all.sum);
+    if (at < HEAD_DIM)
+      *(uint2*)(y + head * HEAD_DIM + at) = make_uint2(narrow2(all.y[0] * by, all.y[1] * by), narrow2(all.y[2] * by, all.y[3] * by));
+  };
+  const bool halves = has_halves(a) && a.split == others && others > TOGETHER;
+  const int second = halves && thread >= THREADS / 2, from = 4 * (thread - second * (THREADS / 2));
+  Share all = {LOWEST, 0.f, {}}, *rest = (Share*)(dynamic + (warp + (1 - second) * (WARPS / 2)) * RING + UNIT) + lane;
 #pragma unroll 1
-  for (int i = 4 * thread; i < a.heads * WIDE; i += 4 * THREADS) {
+  for (int i = from; i < a.heads * WIDE; i += 4 * THREADS) {
     int head = i / WIDE, at = i % WIDE;
-    Share all = of_warps(shared, dynamic, head, at);
+    if (!second) all = of_warps(shared, dynamic, head, at);
     if (a.split < others) {
       hand_in(shares + (u64)(a.split * p.each + head) * RESULT_PITCH, all, at);
       continue;
     }
-    if (others) all = of_blocks(p, shares + head * RESULT_PITCH, others, all, at);
-    if (at >= HEAD_DIM) continue;
-    float by = __fdividef(1.f, all.sum);
-    *(uint2*)(y + head * HEAD_DIM + at) = make_uint2(narrow2(all.y[0] * by, all.y[1] * by), narrow2(all.y[2] * by, all.y[3] * by));
+    const u32* first = shares + (u64)(second * TOGETHER * p.each + head) * RESULT_PITCH;
+    if (others) all = of_blocks(p, first, second ? others - TOGETHER : halves ? TOGETHER : others, all, at);
+    if (second) *rest = all;
+    if (!halves) put(all, head, at);
+  }
+  if (halves) {
+    __syncthreads();
+    if (!second && from < a.heads * WIDE) put(together<2>({all, *rest}), from / WIDE, from % WIDE);
   }
   if (a.split < others || t.alone) return;
   __syncthreads();  // all is read

@@ -23,12 +23,9 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 # struct Params of gemv.cu with what NORM and OUTPUT add: norm, kept_norm; share, epsilon, factor; half, apart.
 _PARAMS = Struct("<7Qq11i4x2Q3f2i4x")
 # In a step the kernels ahead and behind want the memory too, and a ring fills while x is awaited: a block of up to so
-# many units has one stage in flight, a larger one two. With the other choice a token of Llama-2-7B (1.15 ms) took 20 us
-# more for the down projection (86 units), 12 for queries, keys and values (96), 75 for gate and up (176), one of
-# Llama-3-8B 15 more for queries, keys and values (48), 12 for down (112), 130 for gate and up (224).
+# many units has one stage in flight, a larger one two. With the other choice a token of Llama-2-7B (1.09 ms) took 15 us
+# more for the down projection (86 units), 16 for queries, keys and values (96); three stages for gate and up (176) 30.
 _ONE_IN_FLIGHT = 90
-# With kept channels, whose copies a second stage delays: of 1 % the same token took 1.24 ms, and 1.30 with 90.
-_ONE_IN_FLIGHT_KEEPING = 100
 
 
 def project(stream: Tensor, norm: Tensor, epsilon: float, units: Units, bias: Tensor | None, out: Tensor) -> Launch:
@@ -170,6 +167,5 @@ def _plan(shape: Shape, device: int, rows: int) -> gemv.Plan | None:
     arch, sms, available = gpu(device)
     squares = 4 * 32 * 16  # bytes: of each thread that multiplies, or of each warp for every row
     plan = gemv.plan(shape, rows, sms, available - squares, gemv.has_ring(arch), chained=True)
-    few = _ONE_IN_FLIGHT_KEEPING if shape.kept_steps else _ONE_IN_FLIGHT
-    most = 1 if gemv._busiest(shape, sms) * shape.units <= few else 2
+    most = 1 if gemv._busiest(shape, sms) * shape.units <= _ONE_IN_FLIGHT else 2
     return plan and plan._replace(shared=plan.shared + squares, in_flight=min(plan.in_flight, most))
