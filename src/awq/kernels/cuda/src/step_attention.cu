@@ -120,7 +120,7 @@ struct Tokens {
     base = start & ~(CHUNK - 1);
     count = (slot - base) / CHUNK + 1;
     // Each block more costs the last one a look: Llama-3-8B's shape took 1563 us a token at 1024 tokens with 9 of them on
-    // an H200, 1440 with 5. Where halves look, 16 are as cheap as 8: 1528 and 1553 at 2048, 1635 and 1649 at 4096.
+    // an H200, 1440 with 5. Where halves look, 16 are worth it: 1528 us and 1553 with 8 at 2048, 1635 and 1649 at 4096.
     int wanted = has_halves(a) && count > 96 ? SPLITS : max(min(8, (count + PER - 1) / PER), (count + 39) / 40);
     blocks = SPLITS == 1 || count <= PER ? 1 : min(SPLITS, wanted);
     alone = blocks == 1;
