@@ -123,6 +123,25 @@ def test_row_dots(out: int, width: int, group: int, dtype: torch.dtype) -> None:
 
 
 @each_shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_dots(out: int, width: int, group: int, dtype: torch.dtype) -> None:
+    groups = width // group
+    steps = torch.randint(-8, 16, (out, groups, group), device=GPU).to(dtype)
+    for first in {0, groups // 2, groups - 1}:
+        count = min(search.MOST_PRODUCTS, groups - first)
+        products = torch.randn(count, out, groups - first, group, device=GPU).to(dtype)
+        size = (products.double().abs() * steps[:, first:].abs()).sum(-1).max()
+        found = [torch.full((out, groups, groups), torch.nan, device=GPU) for _ in range(3)]
+        for normal in found[:2]:
+            search.group_dots(products, steps, normal, first)
+        PLAIN_LOOPS.group_dots(products.double(), steps.double(), found[2], first)
+        assert torch.equal(found[0].nan_to_num(7), found[1].nan_to_num(7))
+        assert torch.allclose(found[0], found[2], atol=float(1e-6 * size), equal_nan=True)
+    with pytest.raises(ValueError, match="5 products"):
+        search.group_dots(torch.zeros(5, out, groups, group, device=GPU), steps.float(), found[0], 0)
+
+
+@each_shape
 def test_rows_by_themselves_and_a_second_run_are_equal_bit_by_bit(out: int, width: int, group: int) -> None:
     """What a rank finds for its rows is what one process finds for all of them."""
     weight, gram = problem(out, width)

@@ -46,6 +46,19 @@ def test_a_kernel_that_is_wrong_is_not(name: str, monkeypatch: pytest.MonkeyPatc
         return torch.where(torch.arange(values.numel()).view(values.shape) % 8 == 3, torch.nan, values)
 
     of_plain_kernels(monkeypatch, **{name: wrong})
+    check_refused()
+
+
+def test_a_kernel_whose_sums_are_wrong_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(products: Tensor, steps: Tensor, normal: Tensor, first: int) -> None:
+        PLAIN_LOOPS.group_dots(products, steps, normal, first)
+        normal[:, 1] += 1
+
+    of_plain_kernels(monkeypatch, group_dots=wrong)
+    check_refused()
+
+
+def check_refused() -> None:
     with pytest.warns(UserWarning, match=r"ranges runs in torch: its kernel is wrong on cpu"):
         assert inner_loops(CPU, QuantConfig(effort="fast", group_size=64)) == PLAIN_LOOPS
 

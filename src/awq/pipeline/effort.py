@@ -22,7 +22,9 @@ from awq.structure.linears import linear_shape
 
 SLOW_MINUTES = 10  # from here on, learning on a CPU is worth a warning
 COLUMNS = ColumnLoop(columns.round_columns, columns.COLUMNS)
-KERNELS = Loops(COLUMNS, search.best_shrinks, search.rounded_delta, search.grid_delta, search.row_dots)
+KERNELS = Loops(
+    COLUMNS, search.best_shrinks, search.rounded_delta, search.grid_delta, search.row_dots, search.group_dots
+)
 
 
 def inner_loops(device: torch.device, config: QuantConfig) -> Loops:
@@ -55,13 +57,20 @@ def _searches(device: torch.device, group_size: int) -> bool:
     weight, scale, gram = weight.square() - 0.3, scale + 0.5, x.t() @ x
     scaling = weight, scale, group_size, 4, True
     shrinking = weight, *ranges(weight, group_size), gram, (1.0, 0.9, 0.8), 4, True
+    grouped = weight.view(100, 2, group_size)
+
+    def normal(loops: Loops) -> Tensor:
+        found = weight.new_zeros(100, 2, 2)
+        loops.group_dots(torch.stack([grouped, grouped + 1]), grouped, found, 0)
+        return found
 
     def agrees() -> bool:
         delta, wanted_delta = (loops.rounded_delta(*scaling, False) for loops in (KERNELS, PLAIN_LOOPS))
         shrinks, wanted = (loops.best_shrinks(*shrinking) for loops in (KERNELS, PLAIN_LOOPS))
         dots, wanted_dots = (loops.row_dots(weight.clone(), wanted_delta) for loops in (KERNELS, PLAIN_LOOPS))
         same = torch.isclose(delta, wanted_delta, atol=1e-6).float().mean(), (shrinks == wanted).float().mean()
-        return bool(min(same) > 0.98) and torch.allclose(dots, wanted_dots, rtol=1e-3, atol=1e-4)
+        sums = (dots, wanted_dots), (normal(KERNELS), normal(PLAIN_LOOPS))
+        return bool(min(same) > 0.98) and all(torch.allclose(*pair, rtol=1e-3, atol=1e-4) for pair in sums)
 
     return _trusted("The search for scales and ranges runs in torch", agrees, device)
 

@@ -30,6 +30,16 @@ def test_three_products_are_as_exact_as_float32(shape: tuple[int, int, int], mon
         assert ((product(a, second) - exact).abs() <= bound).all()
 
 
+def test_a_matrix_in_parts_has_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.randn(7, 40), torch.randn(40, 5)
+    assert torch.equal(precision.exact_operand(a), a)
+    monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
+    parts = precision.exact_operand(a)
+    assert isinstance(parts, precision.Parts)
+    assert torch.equal(product(parts, b), product(a, b))
+    assert torch.equal(product(parts.t(), b[:7]), product(a.t(), b[:7]))
+
+
 def test_what_is_asked_to_be_fair_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_has_tensor_cores", lambda _device: True)
     a, b = torch.randn(8, 64), torch.randn(64, 8)

@@ -61,6 +61,19 @@ def test_deltas_are_what_rounding_changes(group: int, bits: int, zero_point: boo
     assert torch.allclose(PLAIN_LOOPS.row_dots(weight.clone(), plain), (weight * plain).sum(1), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "count"), [(0, 4), (4, 3), (6, 1)])
+def test_dots_of_groups_fill_a_symmetric_matrix(first: int, count: int, dtype: torch.dtype) -> None:
+    steps, products = torch.randn(5, 7, 16).to(dtype), torch.randn(count, 5, 7 - first, 16).to(dtype)
+    normal = torch.full((5, 7, 7), torch.nan)
+    PLAIN_LOOPS.group_dots(products.clone(), steps, normal, first)
+    wanted = torch.full_like(normal, torch.nan)
+    for c in range(count):
+        dots = (products[c].double() * steps[:, first:].double()).sum(-1).float()
+        wanted[:, first + c, first + count :], wanted[:, first:, first + c] = dots[:, count:], dots
+    assert torch.allclose(normal, wanted, atol=1e-5 if dtype == torch.float32 else 0.1, equal_nan=True)
+
+
 @pytest.mark.parametrize(("group", "bits", "zero_point"), [(16, 4, True), (32, 3, False), (-1, 2, True)])
 def test_clipping_is_taken_where_it_is_better(group: int, bits: int, zero_point: bool) -> None:
     weight, gram = problem(200)
@@ -90,3 +103,4 @@ def test_the_loops_that_are_given_do_the_work(effort: str) -> None:
     linears = 2 * 7
     assert calls["best_shrinks"] == linears and calls["grid_delta"] == 2 * linears
     assert calls["rounded_delta"] > calls["row_dots"] > linears
+    assert calls["group_dots"] >= linears

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 _COLUMNS = 2048  # of the second operand in parts at a time: a Gram matrix of 11008 inputs is 0.5 GB
 _TF32 = -(1 << 13)  # the bits of a float32 that tensor cores read
+
+
+class Parts(NamedTuple):
+    """The float32 matrix `high + low`, the first exact in tf32."""
+
+    high: Tensor
+    low: Tensor
+
+    def t(self) -> Parts:
+        return Parts(self.high.t(), self.low.t())
 
 
 @contextmanager
@@ -59,18 +70,25 @@ def operand(matrix: Tensor) -> Tensor:
     return matrix.bfloat16() if _halves(matrix.device) else matrix
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 for float32 or bf16 matrices, as exact as `fast_matmul` asks.
+def exact_operand(matrix: Tensor) -> Tensor | Parts:
+    """`matrix` as `product` reads it where it is to be exact, for one that is read often."""
+    return _parts(matrix) if _has_tensor_cores(matrix.device) else matrix
+
+
+def product(a: Tensor | Parts, b: Tensor) -> Tensor:
+    """a @ b in float32 for float32 or bf16 matrices, as exact as `fast_matmul` asks; `Parts` are always exact.
 
     On a GPU float32 is three products of tensor cores, each operand its 11 leading bits and the rest: as exact as
     float32's own units (what is left out is 2**-22 of a product), which have a seventh of their speed on an H100.
     """
-    if _halves(a.device):
-        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    if torch.get_float32_matmul_precision() != "highest" or not _has_tensor_cores(a.device):
-        return a @ b
-    high, low = _parts(a)
-    out = a.new_empty(len(a), b.shape[1])
+    if isinstance(a, Tensor):
+        if _halves(a.device):
+            return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+        if torch.get_float32_matmul_precision() != "highest" or not _has_tensor_cores(a.device):
+            return a @ b
+        a = _parts(a)
+    high, low = a
+    out = high.new_empty(len(high), b.shape[1])
     with fair_matmul():
         for some, into in zip(b.split(_COLUMNS, 1), out.split(_COLUMNS, 1), strict=True):
             leading, rest = _parts(some)
@@ -107,10 +125,9 @@ def mirror(total: Tensor) -> None:
         total[stop:, start:stop] = total[start:stop, stop:].t()
 
 
-def _parts(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors of the sum `values`, the first exact in tf32."""
+def _parts(values: Tensor) -> Parts:
     high = (values.view(torch.int32) & _TF32).view(torch.float32)
-    return high, values - high
+    return Parts(high, values - high)
 
 
 def _halves(device: torch.device) -> bool:

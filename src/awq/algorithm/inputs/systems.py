@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from awq.algorithm.inputs.precision import add_product, product
+from awq.algorithm.inputs.precision import Parts, add_product, exact_operand, product
 
 _BLOCK = 4096  # larger ones are solved by halves of the right-hand side, smaller ones inverted by halves
 _SMALL = 1024  # what cuBLAS inverts
@@ -17,7 +17,8 @@ class Factored:
     """A symmetric positive definite matrix by its lower Cholesky factor, float32 [n, n].
 
     On a GPU a solution is all products, few of them: cuBLAS solves triangles at a tenth of their speed. What of the
-    factor lies on the diagonal is inverted once, in blocks.
+    factor lies on the diagonal is inverted once, in blocks, and put in parts once: anew for each product, that took 20
+    of 1050 ms of a block of Llama-2-7B on an H200.
     """
 
     def __init__(self, lower: Tensor) -> None:
@@ -48,10 +49,10 @@ class Factored:
         self._solve(x, *last, upper)
 
     @cached_property
-    def _inverses(self) -> list[Tensor]:
+    def _inverses(self) -> list[Tensor | Parts]:
         """Of the blocks on the diagonal."""
         blocks = (self.lower[part, part] for part in map(_part, range(-(-len(self.lower) // _BLOCK))))
-        return [inverted(block) for block in blocks]
+        return [exact_operand(inverted(block)) for block in blocks]
 
 
 def _part(start: int, stop: int | None = None) -> slice:

@@ -51,6 +51,19 @@ def row_dots(product: Tensor, delta: Tensor) -> Tensor:
     return product.mul_(delta).sum(1)
 
 
+def group_dots(products: Tensor, steps: Tensor, normal: Tensor, first: int) -> None:
+    """Put dot products into the symmetric matrices `normal`, float32 [out, groups, groups], of each row: those of
+    `products` [count, out, groups - first, size], of the groups from `first` on, with `steps` [out, groups, size].
+
+    Both are float32 or both bf16; `products` may be overwritten. Between the products' own groups, [c, d] is that of
+    products[d].
+    """
+    some, later = slice(first, first + len(products)), slice(first, None)
+    dots = products.mul_(steps[:, later]).sum(-1, dtype=torch.float32)
+    normal[:, some, later] = dots.transpose(0, 1)
+    normal[:, later, some] = dots.permute(1, 2, 0)
+
+
 class Loops(NamedTuple):
     """Where the search spends its time. Kernels have no other answers than these, up to the order of sums.
 
@@ -62,6 +75,7 @@ class Loops(NamedTuple):
     rounded_delta: Callable[[Tensor, Tensor | None, int, int, bool, bool], Tensor] = rounded_delta
     grid_delta: Callable[[Tensor, Tensor, Tensor, int], Tensor] = grid_delta
     row_dots: Callable[[Tensor, Tensor], Tensor] = row_dots
+    group_dots: Callable[[Tensor, Tensor, Tensor, int], None] = group_dots
 
 
 PLAIN_LOOPS = Loops()

@@ -56,7 +56,7 @@ def _compensate(judges: Judges, fit: Moments, config: QuantConfig, loops: Loops)
             trials.insert(0, Coded(grid, codes, target, unrounded, "compensated"))
         loss, best = _least([(judge(trial.decode()), trial) for trial in trials])
         if config.refit:
-            refitted = _refitted(best, fit.gram)
+            refitted = _refitted(best, fit.gram, loops)
             loss, best = _least([(judge(refitted.decode()), refitted), (loss, best)])
         coded[name] = replace(best, corrected=not torch.equal(best.target, weight))
         losses[name] = loss, judge(judge.linear.rounded)
@@ -112,11 +112,11 @@ def _round_plainly(linear: Linear, config: QuantConfig, loops: Loops) -> Coded:
     if not linear.usable:
         return Coded.plainly(linear.weight, full_range(linear.weight, config))
     coded = Coded.plainly(linear.weight, _clipped(linear.weight, linear.stats.gram, config, loops))
-    return _refitted(coded, linear.stats.gram) if config.refit else coded
+    return _refitted(coded, linear.stats.gram, loops) if config.refit else coded
 
 
-def _refitted(coded: Coded, gram: Tensor) -> Coded:
-    return replace(coded, grid=refit_scales(coded.target, coded.codes, coded.grid, gram))
+def _refitted(coded: Coded, gram: Tensor, loops: Loops) -> Coded:
+    return replace(coded, grid=refit_scales(coded.target, coded.codes, coded.grid, gram, loops))
 
 
 def _clipped(weight: Tensor, gram: Tensor, config: QuantConfig, loops: Loops) -> Affine:

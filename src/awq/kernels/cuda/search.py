@@ -1,4 +1,4 @@
-"""The inner loops of the scale and the clip search. See src/best_shrinks.cu and src/deltas.cu."""
+"""The inner loops of the search for scales and ranges. See src/best_shrinks.cu, src/deltas.cu and src/group_dots.cu."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ _Kernel = tuple[Path, str, int | None]  # source, name, group size for which it 
 THREADS = 256  # of a block, in every kernel here
 ROWS = 128  # of a block of best_shrinks
 MOST_SHRINKS = 32
+MOST_PRODUCTS = 4  # of a launch of group_dots
 
 _SHRINKS = SOURCES / "best_shrinks.cu"
 _DELTAS = SOURCES / "deltas.cu"
+_DOTS = SOURCES / "group_dots.cu"
 # struct Params of best_shrinks.cu: five pointers; rows, groups, bits, zero_point, count; the shrinks.
 _SHRINKS_PARAMS = struct.Struct(f"<5Q5i{MOST_SHRINKS}f4x")
 # struct Params of deltas.cu: weight or product, scale, steps, zeros, delta, sums; fours in all and a row, and lanes a
 # group; bits, zero_point, bf16.
 _DELTAS_PARAMS = struct.Struct("<6Q3I3i")
+# struct Params of group_dots.cu: products, steps, normal; count, rows, groups, first, bf16.
+_DOTS_PARAMS = struct.Struct("<3Q5i4x")
 
 
 def best_shrinks(
@@ -75,10 +79,27 @@ def row_dots(product: Tensor, delta: Tensor) -> Tensor:
     return sums
 
 
+def group_dots(products: Tensor, steps: Tensor, normal: Tensor, first: int) -> None:
+    """Put dot products of groups into the symmetric matrices of each row: those of products[c] and group h of the steps
+    to normal[:, h, first + c] and, but between the products' own groups, normal[:, first + c, h].
+
+    products: [count, rows, groups - first, group], up to MOST_PRODUCTS; steps: [rows, groups, group]; both float32 or
+    both bfloat16; normal: float32 [rows, groups, groups], contiguous; all on one GPU
+    """
+    if len(products) > MOST_PRODUCTS:
+        raise ValueError(f"{len(products)} products, and the kernel takes {MOST_PRODUCTS} at once")
+    products, steps, (rows, groups, group) = _aligned(products), _aligned(steps), steps.shape
+    pointers = products.data_ptr(), steps.data_ptr(), normal.data_ptr()
+    values = (*pointers, len(products), rows, groups, first, products.dtype == torch.bfloat16)
+    blocks = -(-rows * (groups - first) * group // (8 * THREADS))
+    _launch((_DOTS, "group_dots", group), products.get_device(), blocks, _DOTS_PARAMS, values)
+
+
 def variants(arch: str) -> list[tuple[Path, str, str, dict[str, int]]]:
     """Every (source, kernel, arch, defines) that can be asked for on `arch`."""
-    shrinks = [(_SHRINKS, "best_shrinks", arch, {"GROUP": group}) for group in GROUPS]
-    return [*shrinks, (_DELTAS, "rounded_delta", arch, {}), (_DELTAS, "row_dots", arch, {})]
+    by_group = ((_SHRINKS, "best_shrinks"), (_DOTS, "group_dots"))
+    sized = [(source, name, arch, {"GROUP": group}) for source, name in by_group for group in GROUPS]
+    return [*sized, (_DELTAS, "rounded_delta", arch, {}), (_DELTAS, "row_dots", arch, {})]
 
 
 def _delta(parts: Sequence[Tensor | None], delta: Tensor, group_size: int, bits: int, zero_point: bool) -> Tensor:
@@ -111,7 +132,7 @@ def _launch(kernel: _Kernel, device: int, blocks: int, params: struct.Struct, va
             launcher(torch.cuda.current_stream(device).cuda_stream)
 
 
-@lru_cache(256)
+@lru_cache(1024)
 def _launcher(source: Path, name: str, group_size: int | None, device: int, blocks: int, size: int) -> Any:
     kernel = jit.kernel(source, name, gpu(device).arch, {"GROUP": group_size} if group_size else {})
     return kernel.launcher(blocks, THREADS, 0, size)
