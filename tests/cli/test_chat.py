@@ -35,6 +35,12 @@ def test_an_empty_line_ends(quantized: Path) -> None:
     assert chat(quantized, "", "hello").stdout == ""
 
 
+def test_bytes_that_are_no_text_do_not_end_it(quantized: Path) -> None:
+    arguments = ["chat", str(quantized), "--device", "cpu", "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, arguments, input=b"hello\ncaf\xff\nagain\n", catch_exceptions=False)
+    assert result.exit_code == 0 and result.stderr.count("tokens/s") == 3
+
+
 def test_wrong_settings(quantized: Path) -> None:
     assert "top_p=0.0" in refused("chat", quantized, "--top-p", 0)
     assert "repetition_penalty=-1.0" in refused("chat", quantized, "--repetition-penalty", -1)

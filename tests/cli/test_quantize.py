@@ -83,6 +83,11 @@ def test_every_flag_arrives(calls: list[tuple[Any, ...]]) -> None:
     }
 
 
+def test_another_name_of_a_version_is_said(calls: list[tuple[Any, ...]], recwarn: pytest.WarningsRecorder) -> None:
+    run("quantize", "model", "--output", "out", "--version", "marlin")
+    assert "'marlin' means GEMM" in str(recwarn.pop(UserWarning).message)
+
+
 def test_result_as_json(calls: list[tuple[Any, ...]]) -> None:
     result = run_json("quantize", "model", "--output", "out")
     assert result["path"] == "out"

@@ -77,6 +77,29 @@ def test_a_file_where_a_folder_is_meant(quantized: Path, command: str) -> None:
     assert "model.safetensors is a file: give the folder that it lies in" in sentence
 
 
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "chat {}", "bench model {}"])
+def test_a_gguf_file_where_a_quantized_folder_is_meant(tmp_path: Path, command: str) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert "quantize it first" in refused(*command.format(tmp_path / "model.gguf").split())
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} --prompt x", "chat {}", "eval {}", "bench model {}"])
+def test_a_folder_of_something_else(tmp_path: Path, command: str) -> None:
+    (tmp_path / "notes.md").write_text("no model")
+    assert "no config.json" in refused(*command.format(tmp_path).split())
+
+
+def test_a_shape_that_nobody_knows() -> None:
+    assert "llama-9-9b does not exist, and is no known shape (llama-2-7b, " in refused("bench", "model", "llama-9-9b")
+
+
+def test_text_that_is_no_text(quantized: Path) -> None:
+    assert "--prompt is no UTF-8 from character 3 on" in refused("generate", quantized, "--prompt", "caf\udcff")
+    assert "--stop is no UTF-8" in refused("generate", quantized, "--prompt", "x", "--stop", "\udcff")
+    assert "--stop is empty" in refused("generate", quantized, "--prompt", "x", "--stop", "")
+    assert "--system is no UTF-8" in refused("chat", quantized, "--system", "\udcff")
+
+
 def test_pickles_only(tiny: Path, tmp_path: Path, out: Path) -> None:
     model = tmp_path / "pickled"
     shutil.copytree(tiny, model)

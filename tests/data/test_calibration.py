@@ -43,7 +43,7 @@ def test_the_same_seed_gives_the_same_blocks() -> None:
 def test_pileval_is_replaced_and_said() -> None:
     found = load_calibration(TOKENIZER, "pileval", samples=4, seq_len=64)
     assert torch.equal(found.tokens, load_calibration(TOKENIZER, samples=4, seq_len=64).tokens)
-    assert found.description[-1] == "pileval is not downloaded: the built-in text replaces it"
+    assert found.description[-1] == "the built-in text stands for pileval, AutoAWQ's default"
 
 
 def test_an_empty_list_means_the_built_in_text_with_one_warning() -> None:

@@ -23,6 +23,11 @@ except ImportError:  # not on Windows, where a second run on the same output goe
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_FILE = "journal.jsonl"
+# Of an identity, what a checksum stands for.
+_STANDS_FOR = {
+    "recipe.model.fingerprint": "the model's files",
+    "recipe.calibration.tokens_sha256": "the calibration text",
+}
 Entry = dict[str, Any]
 
 
@@ -85,12 +90,12 @@ class Journal:
 
 
 def changes(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two identities, by dotted name."""
+    """What differs between two identities: a setting by its dotted name."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys((*before, *after))
         return [line for key in keys for line in changes(before.get(key), after.get(key), f"{name}.{key}".strip("."))]
     before, after = (json.loads(json.dumps(value, default=str)) for value in (before, after))
-    return [] if before == after else [f"{name} ({_short(before)}, now {_short(after)})"]
+    return [] if before == after else [f"{_STANDS_FOR.get(name, name)} ({_short(before)}, now {_short(after)})"]
 
 
 def _short(value: object) -> str:

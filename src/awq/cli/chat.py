@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ def chat(
 ) -> None:
     """Talk to a quantized model; every line is a turn."""
     settings = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    options.check_text("--system", system or "")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 do not end a conversation
     target = options.torch_device(device)
     import torch
     from transformers import TextStreamer

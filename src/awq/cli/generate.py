@@ -38,6 +38,11 @@ def generate(
 ) -> None:
     """Answer one prompt with a quantized model."""
     sampling = options.sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    options.check_text("--prompt", prompt)
+    for text in stop or ():
+        options.check_text("--stop", text)
+        if not text:
+            raise ConfigError("--stop is empty: give the text to stop after.")
     target = options.torch_device(device)
     import torch
     from transformers import TextStreamer
@@ -103,4 +108,5 @@ def _figures(clock: Clock, prompt_tokens: int, new_tokens: int) -> dict[str, Any
 def _line(figures: dict[str, Any]) -> str:
     speed = figures["tokens_per_second"]
     rate = f", then {speed:.1f} tokens/s" if speed else ""
-    return f"{figures['new_tokens']} tokens, the first after {figures['ttft_ms']:.0f} ms{rate}."
+    plural = "" if figures["new_tokens"] == 1 else "s"
+    return f"{figures['new_tokens']} token{plural}, the first after {figures['ttft_ms']:.0f} ms{rate}."

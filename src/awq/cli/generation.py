@@ -89,6 +89,8 @@ def _loader(
     if checkpoint.lower() in MODELS and not Path(checkpoint).exists():
         config = config_of(checkpoint.lower())
         return partial(random_model, config, target, outlier_ratio=outlier_ratio, head=head)
+    if not Path(checkpoint).exists() and "/" not in checkpoint:
+        raise ConfigError(f"{checkpoint} does not exist, and is no known shape ({', '.join(MODELS)}).")
     if outlier_ratio:
         raise ConfigError(f"--outlier-ratio is for shapes with random weights, and {checkpoint} is a checkpoint.")
     return checkpoint_loader(checkpoint, target, head, revision, trust)

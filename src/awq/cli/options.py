@@ -66,6 +66,16 @@ def sampling(
     return found
 
 
+def check_text(option: str, text: str) -> None:
+    """ConfigError for bytes that are no UTF-8: Python holds each as half a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{option} is no UTF-8 from character {error.start} on: give text in that encoding."
+        ) from None
+
+
 def torch_device(word: str) -> torch.device:
     """The device that a word means; ConfigError for an unknown or absent one."""
     quiet_libraries()
@@ -90,6 +100,8 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
         with one_sentence(folder, "tokenizer"):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
         if any(path.glob("tokenizer*")):
             raise
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error

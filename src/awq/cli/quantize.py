@@ -107,8 +107,10 @@ def quantize(
         raise ConfigError(f"bits={bits} cannot be stored: use 4; other widths can only be evaluated in Python.")
     options.quiet_libraries()
     from awq import hub
+    from awq.kernels import pinned_version
     from awq.pipeline.recipe import quantize_folder
 
+    pinned_version(version, notice=True)
     if push_to_hub:
         hub.check_access(push_to_hub, private)
     finished = quantize_folder(

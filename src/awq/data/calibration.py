@@ -113,7 +113,7 @@ def _choose(data: Any, sources: Sequence[str | Path] | None) -> tuple[list[Sourc
         return chosen, []
     at = chosen.index("pileval")
     chosen[at : at + 1] = DEFAULT_SOURCES
-    return chosen, ["pileval is not downloaded: the built-in text replaces it"]
+    return chosen, ["the built-in text stands for pileval, AutoAWQ's default"]
 
 
 def _checked(data: Sequence[Document]) -> Sequence[Document]:

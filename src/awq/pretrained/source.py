@@ -178,6 +178,8 @@ def find_folder(model: str | Path, *, revision: str | None = None, code: bool = 
     if path.is_dir():
         return path
     if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            raise CheckpointError(f"{name} is a GGUF file: quantize it first (awq quantize), and give that folder.")
         raise CheckpointError(f"{name} is a file: give the folder that it lies in.")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelNotFoundError(f"{name} does not exist: give a model folder, a .gguf file or a hub id (owner/name).")
