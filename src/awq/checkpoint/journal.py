@@ -23,11 +23,6 @@ except ImportError:  # not on Windows, where a second run on the same output goe
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_FILE = "journal.jsonl"
-# Of an identity, what a checksum stands for.
-_STANDS_FOR = {
-    "recipe.model.fingerprint": "the model's files",
-    "recipe.calibration.tokens_sha256": "the calibration text",
-}
 Entry = dict[str, Any]
 
 
@@ -89,13 +84,14 @@ class Journal:
         return _digest("", self.entries[index - 1]) if index else ""
 
 
-def changes(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two identities: a setting by its dotted name."""
+def changes(before: Any, after: Any, spoken: Mapping[str, str], name: str = "") -> list[str]:
+    """What differs between two identities, by dotted name, or by what `spoken` has for it."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys((*before, *after))
-        return [line for key in keys for line in changes(before.get(key), after.get(key), f"{name}.{key}".strip("."))]
+        pairs = ((f"{name}.{key}".strip("."), before.get(key), after.get(key)) for key in keys)
+        return [line for inner, one, other in pairs for line in changes(one, other, spoken, inner)]
     before, after = (json.loads(json.dumps(value, default=str)) for value in (before, after))
-    return [] if before == after else [f"{_STANDS_FOR.get(name, name)} ({_short(before)}, now {_short(after)})"]
+    return [] if before == after else [f"{spoken.get(name, name)} ({_short(before)}, now {_short(after)})"]
 
 
 def _short(value: object) -> str:

@@ -27,6 +27,14 @@ class _Linear:
     parts: dict[str, str]
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a folder; CheckpointError where it has none."""
+    config = read_json(path, "config.json")
+    if config is None:
+        raise CheckpointError(f"{path} has no config.json: it is not a model folder, or not all of it was copied.")
+    return config
+
+
 class Checkpoint:
     """An opened folder; made by `open_checkpoint`.
 
@@ -40,9 +48,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise ModelNotFoundError(f"{path} is not a folder: give the folder of a quantized checkpoint.")
-        config = read_json(path, "config.json")
-        if config is None:
-            raise CheckpointError(f"{path} has no config.json: it is not a model folder, or not all of it was copied.")
+        config = read_config(path)
         settings = find_settings(path, config)
         self.path, self.config = path, config
         self._files = TensorFiles(path)

@@ -86,11 +86,11 @@ def _loader(
     """What makes the model of a version: random weights for the name of a shape that is no folder, else the folder."""
     from awq.bench.models import MODELS, config_of, random_model
 
-    if checkpoint.lower() in MODELS and not Path(checkpoint).exists():
+    if not Path(checkpoint).exists() and "/" not in checkpoint:
+        if checkpoint.lower() not in MODELS:
+            raise ConfigError(f"{checkpoint} does not exist, and is no known shape ({', '.join(MODELS)}).")
         config = config_of(checkpoint.lower())
         return partial(random_model, config, target, outlier_ratio=outlier_ratio, head=head)
-    if not Path(checkpoint).exists() and "/" not in checkpoint:
-        raise ConfigError(f"{checkpoint} does not exist, and is no known shape ({', '.join(MODELS)}).")
     if outlier_ratio:
         raise ConfigError(f"--outlier-ratio is for shapes with random weights, and {checkpoint} is a checkpoint.")
     return checkpoint_loader(checkpoint, target, head, revision, trust)

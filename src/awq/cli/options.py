@@ -88,20 +88,20 @@ def load_tokenizer(folder: str, revision: str | None = None, trust_remote_code: 
     """The tokenizer of a local folder or hub snapshot; CheckpointError where it has none."""
     from transformers import AutoTokenizer
 
+    from awq.checkpoint.read import read_config
     from awq.errors import CheckpointError
     from awq.pretrained.limits import check_folder, check_tokenizer
     from awq.pretrained.source import find_folder
     from awq.pretrained.unreadable import one_sentence
 
     path = find_folder(folder, revision=revision)
+    read_config(path)  # of a folder of something else, what it lacks is not the tokenizer
     check_folder(path, trust_remote_code)
     check_tokenizer(path)
     try:
         with one_sentence(folder, "tokenizer"):
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except CheckpointError as error:
-        if not (path / "config.json").exists():
-            raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from error
         if any(path.glob("tokenizer*")):
             raise
         raise CheckpointError(f"{folder} has no readable tokenizer: copy the tokenizer files into it.") from error

@@ -110,7 +110,7 @@ def quantize(
     from awq.kernels import pinned_version
     from awq.pipeline.recipe import quantize_folder
 
-    pinned_version(version, notice=True)
+    pinned_version(version, notice=is_first_process())
     if push_to_hub:
         hub.check_access(push_to_hub, private)
     finished = quantize_folder(

@@ -28,6 +28,11 @@ from awq.errors import CheckpointError, OutputExistsError
 from awq.packing import PackedInt4
 from awq.storage.stored import Stored
 
+# What in an identity is a checksum, by what it is of.
+_SPOKEN = {
+    "recipe.model.fingerprint": "the model's files",
+    "recipe.calibration.tokens_sha256": "the calibration text",
+}
 EXACT = "exact/"  # before the name of a float32 value that its stored dtype does not hold
 
 
@@ -156,7 +161,7 @@ class Run:
 
     def _begin(self, identity: Mapping[str, Any]) -> None:
         before = self.journal.identity
-        if before is not None and (found := changes(before, dict(identity))):
+        if before is not None and (found := changes(before, dict(identity), _SPOKEN)):
             if not self.target.overwrite:
                 raise OutputExistsError(
                     f"{self.work} holds an unfinished run that differs in {', '.join(found)}: finish it with the "
